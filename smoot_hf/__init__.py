@@ -1,0 +1,1 @@
+"""SMOOT for Hugging Face: a Trainer that makes saliency maps sharp and faithful."""

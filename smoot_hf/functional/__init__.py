@@ -1,0 +1,1 @@
+"""Pure functions over tensors: no I/O, no model, no global random state."""
