@@ -1,1 +1,21 @@
 """Pure functions over tensors: no I/O, no model, no global random state."""
+
+from .budget import update_budget
+from .masking import counter_uniform, least_salient_mask, mean_fill, uniform_fill
+from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
+from .saliency import class_score, input_saliency
+
+__all__ = [
+    "ObjectiveParts",
+    "class_score",
+    "classification_loss",
+    "counter_uniform",
+    "input_saliency",
+    "kl_divergence",
+    "least_salient_mask",
+    "masked_objective",
+    "mean_fill",
+    "probability_shift",
+    "uniform_fill",
+    "update_budget",
+]

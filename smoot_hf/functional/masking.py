@@ -1,0 +1,114 @@
+"""Masking: which pixels are replaced, and by what (Algorithm 2, line 2; Section 4.1)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Multipliers of well-mixing 32-bit integer hashes, written as the signed integers that torch's int32 holds.
+_MIX_1 = 0x7FEB352D
+_MIX_2 = 0x846CA68B - (1 << 32)
+_GOLDEN_64 = 0x9E3779B97F4A7C15
+_MASK_64 = (1 << 64) - 1
+
+
+def least_salient_mask(saliency: Tensor, k: Tensor) -> Tensor:
+    """The k positions of least saliency of each image, exactly k of them.
+
+    Ties are broken by position (row by row): a threshold would mask more, since untouched pixels tie at zero. NaN
+    ranks above every number and is masked last.
+
+    Args:
+        saliency: (B, H, W) floating point.
+        k: (B,) integers, the number of positions to mask, between 0 and H*W.
+
+    Returns:
+        bool (B, 1, H, W), `True` = the pixel is replaced, in all channels.
+    """
+    batch, height, width = saliency.shape
+    order = saliency.reshape(batch, -1).argsort(dim=1, stable=True)
+    in_budget = torch.arange(height * width, device=saliency.device) < k[:, None]
+    is_masked = torch.empty_like(in_budget).scatter_(1, order, in_budget)
+    return is_masked.reshape(batch, 1, height, width)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32; torch's own keeps the sign."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def _hash32(x: Tensor, key: Tensor | None = None) -> Tensor:
+    """Mix int32 `x` in place so that every input bit reaches every output bit; `key` enters between the rounds."""
+    x.bitwise_xor_(_shift_right(x, 16)).mul_(_MIX_1)
+    if key is not None:
+        x.bitwise_xor_(key)
+    x.bitwise_xor_(_shift_right(x, 15)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift_right(x, 16))
+
+
+def _hash64(value: int) -> int:
+    """Mix a 64-bit integer (the splitmix64 finaliser)."""
+    value = (value + _GOLDEN_64) & _MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def _low_int32(value: int) -> int:
+    """The low 32 bits of `value` as a signed integer."""
+    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def counter_uniform(seed: int, epoch: int, sample_idx: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniform random numbers that are a pure function of (seed, epoch, sample, element).
+
+    A counter-based generator: no state, so a sample's numbers are the same whatever the batch it stands in, the order
+    of the data, the number of processes or the point at which training was resumed. Only integer arithmetic, so they
+    are the same on every device, bit for bit.
+
+    Args:
+        seed: any integer.
+        epoch: any integer.
+        sample_idx: (B,) int64 row of each sample in the training set.
+        shape: shape of one sample's numbers, for example (C, H, W); fewer than 2**31 elements.
+
+    Returns:
+        float32 (B, *shape), in [0, 1), multiples of 2**-24.
+    """
+    device = sample_idx.device
+    stream = _hash64(_hash64(seed & _MASK_64) ^ (epoch & _MASK_64))
+    low = sample_idx.to(torch.int32)  # wraps: the low half of the index
+    high = (sample_idx >> 32).to(torch.int32)
+    key_1 = _hash32(_hash32(low ^ _low_int32(stream), high))
+    key_2 = _hash32(_hash32(low ^ _low_int32(stream >> 32), ~high))
+    counter = _hash32(torch.arange(math.prod(shape), dtype=torch.int32, device=device))
+    bits = _hash32(counter ^ key_1[:, None], key_2[:, None])
+    return _shift_right(bits, 8).to(torch.float32).mul_(2.0**-24).reshape(-1, *shape)
+
+
+def uniform_fill(images: Tensor, is_masked: Tensor, noise: Tensor) -> Tensor:
+    """Random replacement values, per pixel and channel, in the range of what remains of that image's channel.
+
+    An image of which nothing remains takes the range of its whole channel; a constant channel gives that constant.
+
+    Args:
+        images: (B, C, H, W).
+        is_masked: bool (B, 1, H, W), `True` = replaced.
+        noise: (B, C, H, W) in [0, 1), for example from `counter_uniform`.
+
+    Returns:
+        (B, C, H, W) in the dtype of `images`, between the minimum and maximum of the remaining pixels. Put it in place
+        with `torch.where(is_masked, fill, images)`.
+    """
+    keep_all = is_masked.all(dim=(2, 3), keepdim=True)
+    is_excluded = is_masked & ~keep_all
+    lowest = images.masked_fill(is_excluded, math.inf).amin(dim=(2, 3), keepdim=True)
+    highest = images.masked_fill(is_excluded, -math.inf).amax(dim=(2, 3), keepdim=True)
+    noise = noise.to(images.dtype)
+    # Not lowest + (highest - lowest) * noise: the difference can overflow. Rounding must not leave the range.
+    return (lowest * (1 - noise) + highest * noise).clamp(lowest, highest)
+
+
+def mean_fill(images: Tensor) -> Tensor:
+    """Per-channel mean of each image: (B, C, H, W) -> (B, C, 1, 1), in the dtype of `images`."""
+    return images.mean(dim=(2, 3), keepdim=True)

@@ -1,0 +1,97 @@
+"""Algorithms 1 and 2 and Equations 1 to 7 of the paper, slowly: float64, one Python loop per sample and pixel.
+
+Written from the equations alone and sharing no code with the package, as the oracle that the fast code is held to.
+"""
+
+import math
+
+
+def rank_least_salient(saliency):
+    """Algorithm 2, line 2: pixel positions (row, column) by rising saliency, ties by position; NaN last."""
+    positions = [(row, column) for row in range(len(saliency)) for column in range(len(saliency[0]))]
+    return sorted(positions, key=lambda rc: (math.isnan(saliency[rc[0]][rc[1]]), saliency[rc[0]][rc[1]]))
+
+
+def least_salient_mask(saliency, k):
+    """The k positions of least rank as rows of booleans, True = replaced."""
+    chosen = set(rank_least_salient(saliency)[: max(k, 0)])
+    return [[(row, column) in chosen for column in range(len(saliency[0]))] for row in range(len(saliency))]
+
+
+def uniform_fill(channel, is_masked, noise):
+    """Section 4.1: uniform between the minimum and maximum of the remaining pixels of one channel of one image."""
+    flat = [
+        (value, masked)
+        for values, flags in zip(channel, is_masked, strict=True)
+        for value, masked in zip(values, flags, strict=True)
+    ]
+    remaining = [value for value, masked in flat if not masked] or [value for value, _ in flat]
+    low, high = min(remaining), max(remaining)
+    return [[low + (high - low) * u for u in row] for row in noise]
+
+
+def softmax(logits):
+    largest = max(logits)
+    powers = [math.exp(value - largest) for value in logits]
+    return [value / sum(powers) for value in powers]
+
+
+def cross_entropy(logits, label, label_smoothing=0.0):
+    """Equation 5, first term; smoothing spreads a share of the target evenly over all classes."""
+    largest = max(logits)
+    log_sum = largest + math.log(sum(math.exp(value - largest) for value in logits))
+    log_p = [value - log_sum for value in logits]
+    return -(1 - label_smoothing) * log_p[label] - label_smoothing * sum(log_p) / len(log_p)
+
+
+def kl_divergence(logits, masked_logits):
+    """Equation 6 with the sign of a divergence: sum over classes of p log(p / p~)."""
+    p, q = softmax(logits), softmax(masked_logits)
+    return sum(pi * (math.log(pi) - math.log(qi)) for pi, qi in zip(p, q, strict=True) if pi > 0)
+
+
+def probability_shift(logits, masked_logits, alpha, top_n, mode="rank", label=None):
+    """Equations 1 to 3."""
+    p, q = softmax(logits), softmax(masked_logits)
+    n = min(top_n, len(p))
+    by_p = sorted(range(len(p)), key=lambda i: -p[i])
+    by_q = sorted(range(len(q)), key=lambda i: -q[i])
+    if mode == "class":
+        by_q = by_p
+    elif mode == "label":
+        by_p = by_q = [label] + [i for i in by_p if i != label]
+    delta_1 = q[by_q[0]] - p[by_p[0]]  # Equation 1
+    if n == 1:
+        return delta_1
+    delta_2 = sum(q[by_q[i]] - p[by_p[i]] for i in range(1, n)) / (n - 1)  # Equation 2
+    return alpha * delta_1 + (1 - alpha) * delta_2  # Equation 3
+
+
+def update_budget(k, delta, step_size, k_min, k_max, rounding="floor"):
+    """Equation 4."""
+    if not math.isfinite(delta):
+        return k
+    step = {"floor": math.floor, "trunc": math.trunc, "nearest": round}[rounding](step_size * delta)
+    return min(max(k + step, k_min), k_max)
+
+
+def counter_uniform(seed, epoch, index, count):
+    """The package's counter-based noise, one element at a time in unbounded integers."""
+
+    def hash64(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    def hash32(x, key=0):
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
+        x ^= key
+        x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
+        return x ^ (x >> 16)
+
+    stream = hash64(hash64(seed % 2**64) ^ (epoch % 2**64))
+    low, high = index % 2**32, index // 2**32
+    key_1 = hash32(hash32(low ^ (stream % 2**32), high))
+    key_2 = hash32(hash32(low ^ (stream // 2**32), high ^ 0xFFFFFFFF))
+    return [(hash32(hash32(counter) ^ key_1, key_2) >> 8) / 2**24 for counter in range(count)]
