@@ -1,5 +1,6 @@
 """Fixtures: tiny models built from a configuration and tiny data sets made in memory; no test touches the network."""
 
+# ruff: noqa: E402 - the environment must be set before the libraries read it
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,3 +15,131 @@ settings.register_profile("smoot", deadline=None, max_examples=40, derandomize=T
 settings.load_profile("smoot")
 
 torch.set_num_threads(1)
+
+import pytest
+from torch.utils.data import Dataset
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+from smoot_hf import PaperCnnConfig, PaperCnnForImageClassification, SmootTrainer, SmootTrainingArguments
+
+SIZE, CHANNELS, CLASSES = 8, 3, 4
+
+
+class TinyImages(Dataset):
+    """Noise images in memory, an item a dict, labels in turn."""
+
+    def __init__(self, length=24, classes=CLASSES, size=SIZE, channels=CHANNELS):
+        self.images = torch.randn(length, channels, size, size, generator=torch.Generator().manual_seed(length))
+        self.labels = [i % classes for i in range(length)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.images[i], "labels": self.labels[i]}
+
+
+def tiny_vit(dropout=0.0, **overrides):
+    config = ViTConfig(
+        image_size=SIZE,
+        patch_size=4,
+        num_channels=CHANNELS,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=CLASSES,
+        **overrides,
+    )
+    return ViTForImageClassification(config)
+
+
+def tiny_resnet(**overrides):
+    config = ResNetConfig(
+        num_channels=CHANNELS,
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        num_labels=CLASSES,
+        **overrides,
+    )
+    return ResNetForImageClassification(config)
+
+
+def tiny_cnn(**overrides):
+    settings = {"image_size": SIZE, "num_channels": CHANNELS, "num_labels": CLASSES} | overrides
+    return PaperCnnForImageClassification(PaperCnnConfig(**settings))
+
+
+MODELS = {"vit": tiny_vit, "resnet": tiny_resnet, "cnn": tiny_cnn}
+
+
+def build(name, **overrides):
+    """A tiny model with the same weights at every call."""
+    torch.manual_seed(0)
+    return MODELS[name](**overrides)
+
+
+# Set as one would for a quick run on a CPU: short, quiet, no files but the checkpoints asked for.
+QUICK = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-2,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+@pytest.fixture
+def quick_args(tmp_path):
+    """`SmootTrainingArguments` of a six-step run; keywords override."""
+
+    def make(**overrides):
+        return SmootTrainingArguments(output_dir=str(tmp_path / "run"), **(QUICK | overrides))
+
+    return make
+
+
+@pytest.fixture
+def quick_trainer(quick_args):
+    """A `SmootTrainer` on tiny images; keywords that Trainer does not know override the arguments."""
+
+    def make(model="vit", train_dataset=None, trainer_kwargs=None, **overrides):
+        return SmootTrainer(
+            model=build(model) if isinstance(model, str) else model,
+            args=quick_args(**overrides),
+            train_dataset=TinyImages() if train_dataset is None else train_dataset,
+            **(trainer_kwargs or {}),
+        )
+
+    return make
+
+
+@pytest.fixture
+def trained(quick_trainer):
+    """A `quick_trainer` that has been trained, at once: the Trainer seeds when it is built."""
+
+    def make(*args, **kwargs):
+        trainer = quick_trainer(*args, **kwargs)
+        trainer.train()
+        return trainer
+
+    return make
+
+
+def parameters(trainer):
+    """A copy of every parameter by name."""
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def largest_difference(one, other):
+    """Over all tensors, relative to the largest entry of each (at least 1e-3: some gradients are rounding alone)."""
+    assert one.keys() == other.keys()
+    return max(((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-3)).item() for n in one)

@@ -25,7 +25,7 @@ def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float =
 
 
 def kl_divergence(logits: Tensor, masked_logits: Tensor) -> Tensor:
-    """KL(f(X) || f(X~)) of the softmax outputs, summed over the classes (Equation 6, with the sign that is a divergence).
+    """KL(f(X) || f(X~)) of the softmax outputs, summed over the classes (Equation 6, as a divergence).
 
     Args:
         logits: (B, classes), of the clean images: the reference distribution.

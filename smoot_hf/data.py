@@ -1,0 +1,300 @@
+"""Image classification data: loaded by feature type, decoded once into uint8 rows, fetched a batch at a time."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from PIL import Image
+from torch import Tensor
+
+from .fingerprint import dataset_fingerprint
+
+logger = logging.getLogger(__name__)
+
+IMAGE, PIXELS, LABELS = "image", "pixel_values", "labels"
+
+# Where the held-out images are, in this order; the first that is there becomes "test".
+_HELD_OUT = ("test", "validation", "valid", "val")
+
+# What is held in memory of the decoded images at a time, and the size of a piece of the cache.
+_CHUNK_BYTES = 16 * 2**20
+
+_TO_GREY = {"L", "1"}
+_TO_RGB = {"RGB", "P", "PA", "RGBA", "LA", "La", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+def load_image_dataset(
+    name_or_path: str, *, image_column: str | None = None, label_column: str | None = None
+) -> DatasetDict:
+    """Load an image classification data set with the splits "train" and "test" and the columns "image" and "labels".
+
+    The held-out split is the first that exists of "test", "validation", "valid" and "val". Without any, a fifth of the
+    training images is held out: always the same ones, each class in proportion.
+
+    Args:
+        name_or_path: Hub id; local directory of Parquet files or of an imagefolder; or "digits", scikit-learn's
+            handwritten digits (1,797 images of 8x8 pixels), which need no network.
+        image_column: where several columns hold images.
+        label_column: where several columns hold class labels, or none is marked as such.
+
+    Raises:
+        ValueError: a column or a split is missing or ambiguous; the message lists the candidates.
+        OSError: the data are neither in a local directory nor to be had from the Hub.
+        ImportError: "digits" without scikit-learn.
+    """
+    splits = _digits() if name_or_path == "digits" else _load(name_or_path)
+    if "train" not in splits:
+        raise ValueError(f"data set {name_or_path!r} has no split 'train', only {list(splits)}")
+    held_out = next((name for name in _HELD_OUT if name in splits), None)
+    chosen = {"train": splits["train"], **({"test": splits[held_out]} if held_out else {})}
+    image_column = _find_column(splits["train"].features, datasets.Image, image_column, "image_column")
+    label_column = _find_column(splits["train"].features, ClassLabel, label_column, "label_column")
+    columns = {image_column: IMAGE, label_column: LABELS}
+    renamed = {name: split.select_columns(list(columns)).rename_columns(columns) for name, split in chosen.items()}
+    labelled = _as_class_labels(DatasetDict(renamed))
+    if held_out is None:
+        logger.warning("data set %r has no held-out split: a fifth of 'train' is held out as 'test'", name_or_path)
+        labelled = labelled["train"].train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)
+    return labelled
+
+
+def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False) -> DatasetDict:
+    """Decode every image once, into rows of uint8 that are kept in the cache of HF Datasets and memory-mapped.
+
+    Grey images (modes L and 1) give one channel, all other 8-bit modes three; transparency is dropped. A second call
+    on the same data reads the cache.
+
+    Args:
+        dataset: with the columns "image" and "labels", from `load_image_dataset`.
+        convert_rgb: three channels for grey images as well, which pretrained models expect.
+
+    Returns:
+        The splits with the columns "pixel_values" (fixed-size lists, C x H x W) and "labels".
+
+    Raises:
+        ValueError: images of several sizes, or of more than 8 bits per channel.
+    """
+    shape = _pixels(dataset["train"][0][IMAGE], convert_rgb).shape
+    rows = max(1, _CHUNK_BYTES // int(np.prod(shape)))
+    channels, height, width = shape
+    features = Features(
+        {
+            PIXELS: List(List(List(Value("uint8"), length=width), length=height), length=channels),
+            LABELS: dataset["train"].features[LABELS],
+        }
+    )
+    return DatasetDict(
+        {
+            name: split.map(
+                _decode_batch,
+                batched=True,
+                batch_size=rows,
+                writer_batch_size=rows,
+                features=features,
+                remove_columns=[IMAGE],
+                fn_kwargs={"shape": shape, "convert_rgb": convert_rgb},
+                desc=f"Decoding {name} images",
+            )
+            for name, split in dataset.items()
+        }
+    )
+
+
+class DecodedImages(torch.utils.data.Dataset):
+    """Decoded images and their labels, fetched a batch at a time without a step of Python per sample.
+
+    `__getitems__` gives the whole batch as one dict of tensors; `collate` is the collator that knows it. May be sent
+    to the workers of a `DataLoader`; they share the memory-mapped file.
+
+    Args:
+        dataset: one split of what `decode_images` gave; may be a selection of its rows.
+
+    Raises:
+        ValueError: the columns are others, or samples without a label (-1).
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        if set(dataset.column_names) != {PIXELS, LABELS}:
+            raise ValueError(f"expected the columns {PIXELS!r} and {LABELS!r} of decode_images: {dataset.column_names}")
+        # Rows picked from all over are written together once, instead of looked up in every batch.
+        self.dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        self._open()
+        if len(self._labels) and self._labels.min() < 0:
+            raise ValueError("the data set has samples without a label (-1): it cannot be trained or evaluated on")
+
+    def _open(self) -> None:
+        """Views of the stored rows, one (n, C*H*W) array per piece; no copies."""
+        table = self.dataset.data
+        pieces = [_flat(chunk) for chunk in table.column(PIXELS).chunks if len(chunk)]
+        self._pieces = [piece.reshape(-1, int(np.prod(self.image_shape))) for piece in pieces]
+        self._starts = np.cumsum([0, *(len(piece) for piece in self._pieces)])
+        self._labels = np.array(table.column(LABELS).to_numpy(), dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view would be pickled as the pixels themselves.
+        return {"dataset": self.dataset}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.dataset = state["dataset"]
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample: "pixel_values" uint8 (C, H, W), "labels" int."""
+        batch = self.__getitems__([index])
+        return {PIXELS: batch[PIXELS][0], LABELS: int(batch[LABELS][0])}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A batch: "pixel_values" uint8 (B, C, H, W), "labels" int64 (B,).
+
+        Raises:
+            IndexError: an index outside [-N, N).
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        if rows.size and not (-len(self) <= rows.min() and rows.max() < len(self)):
+            raise IndexError(f"index {rows.min()} or {rows.max()} is outside a data set of {len(self)} images")
+        rows = np.where(rows < 0, rows + len(self), rows)
+        pixels = np.empty((len(rows), int(np.prod(self.image_shape))), dtype=np.uint8)
+        piece_of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        for piece in np.unique(piece_of_row):
+            here = np.flatnonzero(piece_of_row == piece)
+            pixels[here] = self._pieces[piece][rows[here] - self._starts[piece]]
+        images = torch.from_numpy(pixels).reshape(-1, *self.image_shape)
+        return {PIXELS: images, LABELS: torch.from_numpy(self._labels[rows])}
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The collator: a batch of `__getitems__` as it is, a list of samples stacked."""
+        if isinstance(batch, dict):
+            return batch
+        images = torch.stack([sample[PIXELS] for sample in batch])
+        return {PIXELS: images, LABELS: torch.tensor([sample[LABELS] for sample in batch], dtype=torch.int64)}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        per_channel = self.dataset.features[PIXELS]
+        return per_channel.length, per_channel.feature.length, per_channel.feature.feature.length
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), the class of every image."""
+        return self._labels
+
+    @property
+    def label_names(self) -> list[str]:
+        """Name of every class, in the order of the label indices."""
+        return list(self.dataset.features[LABELS].names)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Short hash of the content; tells the data that a saved mask budget belongs to from any other."""
+        return dataset_fingerprint(self.dataset)
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of pixels / 255, over all images; exact."""
+        counts = np.zeros((self.image_shape[0], 256), dtype=np.int64)
+        for images in self._blocks():
+            for channel, pixels in enumerate(images.transpose(1, 0, 2)):
+                counts[channel] += np.bincount(pixels.ravel(), minlength=256)
+        values = np.arange(256) / 255
+        weights = counts / counts.sum(axis=1, keepdims=True)
+        mean = weights @ values
+        deviation = np.sqrt((weights * (values - mean[:, None]) ** 2).sum(axis=1))
+        return tuple(mean.tolist()), tuple(deviation.tolist())
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """All pixels as (n, C, H*W), in blocks of about 2 MiB: counting takes eight times as much again."""
+        channels = self.image_shape[0]
+        for piece in self._pieces:
+            rows = max(1, 2**21 // piece.shape[1])
+            for start in range(0, len(piece), rows):
+                yield piece[start : start + rows].reshape(-1, channels, piece.shape[1] // channels)
+
+
+def _flat(chunk: pa.Array) -> np.ndarray:
+    """The values of nested fixed-size lists as one array that shares their memory."""
+    while pa.types.is_fixed_size_list(chunk.type):
+        chunk = chunk.flatten()
+    return chunk.to_numpy(zero_copy_only=True)
+
+
+def _load(name_or_path: str) -> DatasetDict:
+    try:
+        return datasets.load_dataset(name_or_path)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"cannot load the data set {name_or_path!r} ({reason}): --dataset takes a local directory as well"
+        ) from error
+
+
+def _digits() -> DatasetDict:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the data set 'digits' needs scikit-learn: pip install 'smoot-hf[recipes]'") from error
+    bunch = load_digits()
+    # Sixteen grey levels and zero, spread over the whole range of a byte.
+    images = [Image.fromarray(image) for image in (bunch.images * (255 / 16)).round().astype(np.uint8)]
+    features = Features({IMAGE: datasets.Image(), LABELS: ClassLabel(names=[str(digit) for digit in range(10)])})
+    digits = Dataset.from_dict({IMAGE: images, LABELS: bunch.target.tolist()}, features=features)
+    return digits.train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)
+
+
+def _find_column(features: Features, feature_type: type, given: str | None, argument: str) -> str:
+    """The one column of a feature type, or the given one."""
+    if given is not None:
+        if given not in features:
+            raise ValueError(f"{argument}={given!r} is not a column of the data set, only {list(features)}")
+        return given
+    candidates = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    if len(candidates) == 1:
+        return candidates[0]
+    found = f"several columns could be meant, {candidates}" if candidates else f"no column of {dict(features)} fits"
+    raise ValueError(f"{argument} must be set: {found} (type {feature_type.__name__})")
+
+
+def _as_class_labels(splits: DatasetDict) -> DatasetDict:
+    """Number the labels of a plain column of integers or strings, in the same way in every split."""
+    if isinstance(splits["train"].features[LABELS], ClassLabel):
+        return splits
+    values = sorted({value for split in splits.values() for value in split.unique(LABELS)})
+    if not all(isinstance(value, int | str) for value in values):
+        raise ValueError(f"label_column must hold class labels, integers or strings, got {values[:5]}")
+    number = {value: index for index, value in enumerate(values)}
+    class_label = ClassLabel(names=[str(value) for value in values])
+    for name, split in splits.items():
+        numbers = [number[value] for value in split[LABELS]]
+        splits[name] = split.remove_columns(LABELS).add_column(LABELS, numbers, feature=class_label)
+    return splits
+
+
+def _pixels(image: Image.Image, convert_rgb: bool) -> np.ndarray:
+    """uint8 (C, H, W) of one image."""
+    if image.mode not in _TO_GREY | _TO_RGB:
+        raise ValueError(f"images of mode {image.mode!r} have more than 8 bits per channel: scale them to 8 bits first")
+    is_grey = image.mode in _TO_GREY and not convert_rgb
+    array = np.asarray(image.convert("L" if is_grey else "RGB"))
+    return array[None] if is_grey else array.transpose(2, 0, 1)
+
+
+def _decode_batch(batch: dict[str, list[Any]], shape: tuple[int, int, int], convert_rgb: bool) -> pa.Table:
+    arrays = [_pixels(image, convert_rgb) for image in batch[IMAGE]]
+    others = sorted({array.shape for array in arrays} - {shape})
+    if others:
+        raise ValueError(
+            f"all images must have one size, found (channels, height, width) {shape} and {others[:3]}: resize the "
+            "images beforehand, convert_rgb makes grey ones agree with coloured ones, or use a transform of your own"
+        )
+    pixels = pa.array(np.stack(arrays).ravel())
+    for length in reversed(shape):
+        pixels = pa.FixedSizeListArray.from_arrays(pixels, length)
+    return pa.table({PIXELS: pixels, LABELS: pa.array(batch[LABELS], type=pa.int64())})

@@ -1,0 +1,249 @@
+"""The mask budget: K of every training sample, its bounds, its statistics and its file."""
+
+import hashlib
+import math
+import os
+from fractions import Fraction
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging
+
+from . import functional as SF
+from .training_args import SmootTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+# Below this share of the image a step of mu pixels moves K by too little to matter within a training.
+_NEGLIGIBLE_STEP = 1 / 400
+_FORMAT = "smoot_hf.mask_budget/1"
+
+
+def pixels_of_ratio(mask_ratio: float, image_size: tuple[int, int]) -> int:
+    """floor(ratio * H * W), in the decimal that was written: 0.29 of 100 pixels is 29, though 0.29 * 100 < 29."""
+    return math.floor(Fraction(str(mask_ratio)) * image_size[0] * image_size[1])
+
+
+class MaskBudget:
+    """K, the number of masked pixel positions, of every training sample.
+
+    One int32 per sample is all that is stored, 4 GB for a billion samples; reading and updating a batch cost O(batch).
+    A sample moves at its first visit of an epoch only: once it has moved, its K is stored as its bitwise complement,
+    whose sign says so until the next epoch begins.
+
+    Args:
+        num_samples: N, length of the training set.
+        image_size: (H, W) of the images that the mask acts on, in pixels.
+        mask_ratio: initial K as a fraction of H*W, in [0, 1].
+        mask_ratio_min: lower bound of K as a fraction of H*W.
+        mask_ratio_max: upper bound of K as a fraction of H*W.
+        device: where K lives; reading and updating take indices on that device.
+        dataset_fingerprint: identifies the training set (`smoot_hf.fingerprint`), `None` where nothing does.
+
+    Raises:
+        ValueError: N is below 1, or the ratios are not 0 <= min <= initial <= max <= 1.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        image_size: tuple[int, int],
+        mask_ratio: float = 0.5,
+        mask_ratio_min: float = 0.2,
+        mask_ratio_max: float = 0.8,
+        device: torch.device | str = "cpu",
+        dataset_fingerprint: str | None = None,
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if not 0 <= mask_ratio_min <= mask_ratio <= mask_ratio_max <= 1:
+            raise ValueError(
+                "the ratios must be 0 <= mask_ratio_min <= mask_ratio <= mask_ratio_max <= 1, got "
+                f"mask_ratio_min={mask_ratio_min}, mask_ratio={mask_ratio}, mask_ratio_max={mask_ratio_max}"
+            )
+        self.num_samples = num_samples
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.k_min = pixels_of_ratio(mask_ratio_min, self.image_size)
+        self.k_max = pixels_of_ratio(mask_ratio_max, self.image_size)
+        self.dataset_fingerprint = dataset_fingerprint
+        self.epoch: int | None = None
+        initial = pixels_of_ratio(mask_ratio, self.image_size)
+        # K >= 0: has not moved in this epoch. Negative: has moved, and K is the complement.
+        self._stored = torch.full((num_samples,), initial, dtype=torch.int32, device=device)
+        # How many samples have each K from k_min to k_max: statistics without a pass over all samples.
+        self._histogram = self._count()
+
+    @classmethod
+    def for_training(
+        cls,
+        args: SmootTrainingArguments,
+        num_samples: int,
+        image_size: tuple[int, int],
+        dataset_fingerprint: str | None = None,
+    ) -> "MaskBudget":
+        """The budget that `args` ask for; that of sgt has no room to move. Warns of a step too small to matter."""
+        adapts = args.method == "smoot"
+        budget = cls(
+            num_samples,
+            image_size,
+            args.mask_ratio,
+            args.mask_ratio_min if adapts else args.mask_ratio,
+            args.mask_ratio_max if adapts else args.mask_ratio,
+            args.device,
+            dataset_fingerprint,
+        )
+        height, width = budget.image_size
+        share = args.step_in_pixels(budget.image_size) / (height * width)
+        if 0 < share < _NEGLIGIBLE_STEP and budget.k_min < budget.k_max:
+            logger.warning(
+                f"step_size={args.step_size} {args.step_unit} is {share:.3%} of an image of {height}x{width}: K will "
+                "hardly move. Use step_unit='percent', or masks at the native resolution (input_pipeline)"
+            )
+        return budget
+
+    @property
+    def k(self) -> Tensor:
+        """K of every sample, in pixels: int32 (N,), a copy."""
+        return torch.where(self._stored < 0, ~self._stored, self._stored)
+
+    @property
+    def histogram(self) -> Tensor:
+        """Number of samples with K = k_min, k_min + 1, ..., k_max: int64 (k_max - k_min + 1,)."""
+        return self._histogram
+
+    def _count(self) -> Tensor:
+        return torch.bincount(self.k - self.k_min, minlength=self.k_max - self.k_min + 1)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Let every sample move again, once, when `epoch` is not the one under way."""
+        if epoch != self.epoch:
+            self.forget_visits()
+            self.epoch = epoch
+
+    def forget_visits(self) -> None:
+        """Let every sample move again, whatever the epoch under way."""
+        # In pieces, so that a billion samples need no second 4 GB.
+        for piece in self._stored.split(1 << 24):
+            piece.bitwise_xor_(piece >> 31)
+        self.epoch = None
+
+    def read(self, sample_idx: Tensor) -> Tensor:
+        """K of the given samples: int64 (B,) rows of the training set -> int32 (B,), in pixels."""
+        stored = self._stored[sample_idx]
+        return torch.where(stored < 0, ~stored, stored)
+
+    def update(self, sample_idx: Tensor, delta: Tensor, step_size: float, rounding: str = "floor") -> Tensor:
+        """Move K of the given samples (Equation 4), each at its first visit of the epoch only.
+
+        A sample that stands in the batch more than once moves by the delta of its first place, so the result does not
+        depend on the order in which a device happens to write. Nothing waits for the device.
+
+        Args:
+            sample_idx: int64 (B,) rows of the training set.
+            delta: (B,), from `functional.probability_shift`; where it is not finite K stays.
+            step_size: mu, in pixels.
+            rounding: `"floor"`, `"trunc"` or `"nearest"`.
+
+        Returns:
+            int32 (B,), by how many pixels each moved.
+        """
+        order = sample_idx.argsort(stable=True)
+        rows = sample_idx[order]
+        is_first = torch.ones_like(rows, dtype=torch.bool)
+        is_first[1:] = rows[1:] != rows[:-1]
+        stored = self._stored[rows]
+        may_move = is_first & (stored >= 0)
+        k = torch.where(stored < 0, ~stored, stored)
+        target = SF.update_budget(k, delta[order], step_size, self.k_min, self.k_max, rounding)
+        moved = torch.where(may_move, target, k)
+        # All places of one sample write what its first place says.
+        place = torch.arange(len(rows), device=rows.device)
+        first_place = torch.where(is_first, place, 0).cummax(0).values
+        self._stored[rows] = ~moved[first_place]
+        count = may_move.to(torch.int64)
+        self._histogram.index_add_(0, k - self.k_min, -count).index_add_(0, moved - self.k_min, count)
+        return torch.empty_like(k).scatter_(0, order, moved - k)
+
+    def statistics(self) -> dict[str, float]:
+        """Minimum, median and maximum of K over the training set, in pixels."""
+        cumulative = self._histogram.cumsum(0).cpu()
+        lower, upper = (self.num_samples + 1) // 2, self.num_samples // 2 + 1
+        ranks = torch.tensor([1, lower, upper, self.num_samples])
+        lowest, below, above, highest = (torch.searchsorted(cumulative, ranks) + self.k_min).tolist()
+        return {"k_min": lowest, "k_median": (below + above) / 2, "k_max": highest}
+
+    def _identity(self) -> dict[str, Any]:
+        """What a saved budget must share with the run that takes it up."""
+        height, width = self.image_size
+        return {
+            "num_samples": self.num_samples,
+            "image_height": height,
+            "image_width": width,
+            "k_min": self.k_min,
+            "k_max": self.k_max,
+            "dataset_fingerprint": self.dataset_fingerprint,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write K as safetensors: `k` int32 (N,) and `has_moved` bool (N,), with what identifies the data.
+
+        The file appears whole or not at all: it is written beside its place, then renamed.
+        """
+        k, has_moved = self.k.cpu(), (self._stored < 0).cpu()
+        metadata = {name: str(value) for name, value in self._identity().items()}
+        metadata |= {"format": _FORMAT, "epoch": str(self.epoch), "sha256": _digest(k, has_moved)}
+        unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        try:
+            save_file({"k": k, "has_moved": has_moved}, unfinished, metadata=metadata)
+            os.replace(unfinished, path)
+        finally:
+            if os.path.exists(unfinished):
+                os.remove(unfinished)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take up K from a file that `save` wrote, for the same data and bounds.
+
+        Raises:
+            ValueError: the file is torn or altered, or belongs to another training set, image size or bounds; nothing
+                of it is taken up.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} is not a mask budget of format {_FORMAT}")
+                k, has_moved = file.get_tensor("k"), file.get_tensor("has_moved")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"the mask budget {path} cannot be read ({error}); resume from an earlier checkpoint, or delete the "
+                "file to start K afresh"
+            ) from error
+        self._require_identity(metadata, path)
+        if k.shape != (self.num_samples,) or metadata.get("sha256") != _digest(k, has_moved):
+            raise ValueError(f"the mask budget {path} is damaged; resume from an earlier checkpoint")
+        self._stored.copy_(torch.where(has_moved, ~k, k))
+        self._histogram = self._count()
+        self.epoch = None if metadata["epoch"] == "None" else int(metadata["epoch"])
+
+    def _require_identity(self, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
+        for name, value in self._identity().items():
+            saved = metadata.get(name)
+            if saved == str(value) or (name == "dataset_fingerprint" and "None" in (saved, str(value))):
+                continue
+            raise ValueError(
+                f"the mask budget {path} belongs to another training set or other settings: {name} is {saved} there "
+                f"and {value} here. Resume with the same data and mask ratios, or delete the file to start K afresh"
+            )
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        return f"MaskBudget(num_samples={self.num_samples}, image_size={height}x{width}, {self.statistics()})"
+
+
+def _digest(k: Tensor, has_moved: Tensor) -> str:
+    digest = hashlib.sha256(memoryview(k.numpy()))
+    digest.update(memoryview(has_moved.numpy()))
+    return digest.hexdigest()

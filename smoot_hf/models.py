@@ -1,0 +1,278 @@
+"""Models: the paper's convolutional network, DeiT-tiny, and any image classifier of transformers or timm."""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTImageProcessor,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutput
+
+# Its checkpoint is a ViTForImageClassification: DeiT without the distillation token.
+DEIT_TINY = "facebook/deit-tiny-patch16-224"
+
+_SMALLEST_CNN_IMAGE = 6
+
+
+class PaperCnnConfig(PreTrainedConfig):
+    """Configuration of the paper's network for MNIST and Fashion-MNIST (Section 4.1).
+
+    Args:
+        image_size: height and width in pixels, one integer where they agree; at least 6.
+        num_channels: channels of the images.
+        feature_dropout: rate after the convolutions.
+        classifier_dropout: rate before the last layer.
+        **kwargs: of `PreTrainedConfig`; `num_labels`, or `id2label` and `label2id`, set the classes.
+
+    Raises:
+        ValueError: images smaller than 6 pixels, or a rate outside [0, 1).
+    """
+
+    model_type = "smoot_cnn"
+
+    image_size: int | list[int] | tuple[int, int] = 28
+    num_channels: int = 1
+    feature_dropout: float = 0.25
+    classifier_dropout: float = 0.5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if min(self.image_height_width) < _SMALLEST_CNN_IMAGE:
+            raise ValueError(f"image_size must be at least {_SMALLEST_CNN_IMAGE} pixels, got {self.image_size}")
+        for name in ("feature_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return _height_width(self.image_size)
+
+
+class PaperCnnForImageClassification(PreTrainedModel):
+    """Two 3x3 convolutions (32 and 64 channels), 2x2 max pooling, two fully connected layers (128 units), dropout.
+
+    The published network ends in a log-softmax; this one gives logits, as every model here does. The gradient of its
+    output is `saliency_score="log_prob"`.
+    """
+
+    config_class = PaperCnnConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: PaperCnnConfig) -> None:
+        super().__init__(config)
+        height, width = config.image_height_width
+        self.convolution_1 = nn.Conv2d(config.num_channels, 32, kernel_size=3)
+        self.convolution_2 = nn.Conv2d(32, 64, kernel_size=3)
+        self.feature_dropout = nn.Dropout(config.feature_dropout)
+        # Each convolution takes two pixels off, pooling halves what is left.
+        self.hidden = nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128)
+        self.classifier_dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(128, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """PyTorch's own initialisation, which the published network has; that of transformers is made for ViTs."""
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W) float, normalised, of the size that the configuration states.
+            labels: (B,) int64 classes; when given, the output has the mean cross-entropy as `loss`.
+
+        Returns:
+            `logits` (B, num_labels) and, with labels, `loss`.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        expected = (self.config.num_channels, *self.config.image_height_width)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            found = tuple(pixel_values.shape)
+            raise ValueError(f"pixel_values must be (B, C, H, W) with (C, H, W) = {expected}, got {found}")
+        features = F.relu(self.convolution_2(F.relu(self.convolution_1(pixel_values))))
+        features = self.feature_dropout(F.max_pool2d(features, 2)).flatten(1)
+        logits = self.classifier(self.classifier_dropout(F.relu(self.hidden(features))))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register(PaperCnnConfig.model_type, PaperCnnConfig)
+AutoModelForImageClassification.register(PaperCnnConfig, PaperCnnForImageClassification)
+
+
+def load_model(
+    name: str,
+    *,
+    labels: list[str],
+    image_size: tuple[int, int],
+    num_channels: int,
+    from_scratch: bool = False,
+    patch_size: int | None = None,
+) -> PreTrainedModel:
+    """Build a classifier of `labels` for images of one size, from a checkpoint or with random weights.
+
+    A checkpoint keeps its own input size: the `InputPipeline` resizes after the mask. A model from scratch takes the
+    images as they are, except for timm's, which keep the size of their configuration.
+
+    Args:
+        name: "cnn" (the paper's network, always from scratch), "deit-tiny", or a Hub id or local directory of
+            transformers or timm.
+        labels: name of every class, in the order of the label indices.
+        image_size: native (height, width) of the images in pixels.
+        num_channels: channels of the images.
+        from_scratch: take the architecture alone, not the weights.
+        patch_size: side of a patch in pixels, for patch-based models from scratch. Default: what the configuration
+            says; for "deit-tiny" 16 for images of at least 64 pixels, else 4.
+
+    Returns:
+        The model, in training mode where it is new and in evaluation mode where it was loaded, as transformers does.
+
+    Raises:
+        ValueError: the images do not fit the model, or `patch_size` does not fit it.
+        OSError: the checkpoint is neither a local directory nor to be had from the Hub.
+    """
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if patch_size is not None and (name == "cnn" or not from_scratch):
+        raise ValueError(f"patch_size={patch_size} needs a patch-based model from scratch (from_scratch=True)")
+    if name == "cnn":
+        return PaperCnnForImageClassification(
+            PaperCnnConfig(image_size=_config_size(image_size), num_channels=num_channels, **names)
+        )
+    if name == "deit-tiny" and from_scratch:
+        return AutoModelForImageClassification.from_config(
+            _deit_tiny_config(image_size, num_channels, patch_size, names)
+        )
+    config = _load_config(_checkpoint(name), names)
+    if from_scratch:
+        _fit_config(config, image_size, num_channels, patch_size)
+    _check_channels(name, config, num_channels)
+    if from_scratch:
+        return AutoModelForImageClassification.from_config(config)
+    return AutoModelForImageClassification.from_pretrained(
+        _checkpoint(name), config=config, ignore_mismatched_sizes=True
+    )
+
+
+def load_image_processor(
+    name: str,
+    model: PreTrainedModel,
+    image_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    from_scratch: bool = False,
+) -> Any:
+    """The image processor that belongs beside a model, so that inference sees the pixels that training saw.
+
+    Args:
+        name: as in `load_model`.
+        model: what `load_model` gave.
+        image_size: native (height, width) of the images in pixels.
+        mean: of each channel of the training set, of pixels / 255.
+        std: the same, the standard deviation.
+        from_scratch: as in `load_model`.
+
+    Returns:
+        The checkpoint's own processor; for a model from scratch a `ViTImageProcessor` of the native size that
+        normalises with `mean` and `std`. A timm model keeps its own in either case: its configuration holds it.
+
+    Raises:
+        OSError: the checkpoint has no image processor, or cannot be reached.
+    """
+    if name == "cnn" or (from_scratch and model.config.model_type != "timm_wrapper"):
+        height, width = image_size
+        return ViTImageProcessor(size={"height": height, "width": width}, image_mean=list(mean), image_std=list(std))
+    try:
+        return AutoImageProcessor.from_pretrained(_checkpoint(name))
+    except OSError as error:
+        raise OSError(
+            f"model {name!r} comes without an image processor ({_first_line(error)}): save one beside it"
+        ) from error
+
+
+def _checkpoint(name: str) -> str:
+    return DEIT_TINY if name == "deit-tiny" else name
+
+
+def _height_width(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+def _config_size(image_size: tuple[int, int]) -> int | list[int]:
+    """One number for a square, which every configuration takes; a list survives JSON, a tuple would not."""
+    height, width = image_size
+    return height if height == width else [height, width]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _load_config(checkpoint: str, names: dict[str, Any]) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except OSError as error:
+        raise OSError(
+            f"cannot load the model {checkpoint!r} ({_first_line(error)}): --model takes a local directory as well"
+        ) from error
+    # Set afterwards: `from_pretrained` complains where the number of classes changes.
+    config.id2label, config.label2id = names["id2label"], names["label2id"]
+    return config
+
+
+def _deit_tiny_config(
+    image_size: tuple[int, int], num_channels: int, patch_size: int | None, names: dict[str, Any]
+) -> ViTConfig:
+    config = ViTConfig(
+        num_hidden_layers=12,
+        hidden_size=192,
+        num_attention_heads=3,
+        intermediate_size=768,
+        patch_size=16 if min(image_size) >= 64 else 4,
+        **names,
+    )
+    _fit_config(config, image_size, num_channels, patch_size)
+    return config
+
+
+def _fit_config(config: Any, image_size: tuple[int, int], num_channels: int, patch_size: int | None) -> None:
+    """Set what the images decide, where the architecture has it."""
+    # `from_config` iterates over this; without it deit, levit and perceiver (two classes each) fail.
+    config.architectures = config.architectures or []
+    if hasattr(config, "image_size"):
+        config.image_size = _config_size(image_size)
+    if hasattr(config, "num_channels"):
+        config.num_channels = num_channels
+    if patch_size is not None and not hasattr(config, "patch_size"):
+        raise ValueError(f"patch_size={patch_size}: a model of type {config.model_type!r} has no patches")
+    if patch_size is not None:
+        config.patch_size = patch_size
+    if isinstance(getattr(config, "patch_size", None), int) and any(side % config.patch_size for side in image_size):
+        raise ValueError(f"patch_size={config.patch_size} must divide the image size {image_size}: set patch_size")
+
+
+def _check_channels(name: str, config: Any, num_channels: int) -> None:
+    expected = getattr(config, "num_channels", 3)
+    if expected != num_channels:
+        raise ValueError(
+            f"model {name!r} takes images of {expected} channels, the data have {num_channels}: "
+            "decode them as RGB (--convert_rgb), or train from scratch (--from_scratch)"
+        )

@@ -1,0 +1,139 @@
+"""The index of a sample on its way from the training set to the loss, past any collator."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+SAMPLE_IDX = "sample_idx"
+
+
+def has_index(dataset: Any) -> bool:
+    """Whether a data set has a length and rows that can be named; torch gives streams a `__getitem__` that raises."""
+    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+class IndexedFeatures(NamedTuple):
+    """What a loader fetched for one batch, with the rows it came from."""
+
+    sample_idx: list[int]
+    features: Any
+
+
+class IndexedDataset(Dataset):
+    """A map-style data set whose batches say which rows they hold.
+
+    Args:
+        dataset: anything with `__len__` and `__getitem__`; its own `__getitems__` is used where it has one.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set, where it listens, which epoch begins."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitems__(self, indices: list[int]) -> IndexedFeatures:
+        if callable(getattr(self.dataset, "__getitems__", None)):
+            features = self.dataset.__getitems__(indices)
+        else:
+            features = [self.dataset[index] for index in indices]
+        return IndexedFeatures([int(index) for index in indices], features)
+
+
+class IndexedCollator:
+    """The user's collator, with `sample_idx` attached to its batch and the batch checked.
+
+    The checks run where the batch is made, on the CPU, so that they never wait for a device.
+
+    Args:
+        collator: the user's own; need not know of `sample_idx`.
+        label_name: key of the labels in the batch.
+        num_labels: number of classes of the model, `None` where it does not say.
+        expects_uint8: the images go through an `InputPipeline`, which takes uint8.
+    """
+
+    def __init__(
+        self, collator: Callable[[Any], Any], label_name: str, num_labels: int | None, expects_uint8: bool
+    ) -> None:
+        self.collator = collator
+        self.label_name = label_name
+        self.num_labels = num_labels
+        self.expects_uint8 = expects_uint8
+
+    def __call__(self, indexed: IndexedFeatures) -> dict[str, Any]:
+        """Collate what `IndexedDataset` fetched.
+
+        Raises:
+            ValueError: `pixel_values` or labels are missing, of the wrong shape or type, not finite or out of range.
+        """
+        batch = self.collator(indexed.features)
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"the data collator must return a dict, got {type(batch).__name__}")
+        if SAMPLE_IDX in batch:
+            raise ValueError(f"{SAMPLE_IDX!r} is attached by the trainer: let the data collator not return it")
+        self._check_images(batch.get("pixel_values"), indexed.sample_idx, sorted(batch))
+        self._check_labels(batch.get(self.label_name), indexed.sample_idx, sorted(batch))
+        return {**batch, SAMPLE_IDX: torch.tensor(indexed.sample_idx, dtype=torch.int64)}
+
+    def _check_images(self, images: Any, rows: list[int], keys: list[str]) -> None:
+        if images is None:
+            raise ValueError(
+                f"the training batches have no 'pixel_values', only {keys}: set a transform or a data collator that "
+                "makes them, and remove_unused_columns=False where the transform reads other columns"
+            )
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"'pixel_values' must be a tensor of shape (B, C, H, W), got {found}")
+        if len(images) != len(rows):
+            raise ValueError(f"the data collator made {len(images)} images of {len(rows)} samples: it must keep each")
+        if self.expects_uint8 != (images.dtype == torch.uint8):
+            raise ValueError(
+                f"'pixel_values' are {images.dtype}: they must be torch.uint8 with an input_pipeline (which normalises "
+                "them) and floating point without one"
+            )
+        # One sum finds a NaN or an infinity anywhere; only then is it worth looking for where.
+        if images.is_floating_point() and not torch.isfinite(images.sum(dtype=torch.float64)):
+            bad = [row for row, image in zip(rows, images, strict=True) if not torch.isfinite(image).all()]
+            raise ValueError(f"'pixel_values' hold NaN or infinite values, in the training samples {bad[:10]}")
+
+    def _check_labels(self, labels: Any, rows: list[int], keys: list[str]) -> None:
+        if labels is None:
+            raise ValueError(f"the training batches have no {self.label_name!r}, only {keys}: SMOOT needs labels")
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+            found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(
+                f"{self.label_name!r} must be one class index per sample, int64 (B,), got {found}: soft labels and "
+                "multi-label targets have no ranked change of the prediction"
+            )
+        if self.num_labels is None or (labels.min() >= 0 and labels.max() < self.num_labels):
+            return
+        bad = [
+            (row, label) for row, label in zip(rows, labels.tolist(), strict=True) if not 0 <= label < self.num_labels
+        ]
+        raise ValueError(
+            f"{self.label_name!r} must lie in [0, {self.num_labels - 1}], the model's classes; training sample "
+            f"{bad[0][0]} has {bad[0][1]}. Build the model with num_labels= the number of classes of the data"
+        )
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's CPU random state as it was: a look at the data must not change a run."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - user transforms use it
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002

@@ -1,0 +1,299 @@
+"""SmootTrainer: the objective of SMOOT, SGT and standard training inside the Hugging Face Trainer."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from . import functional as SF
+from .checkpoint_weights import has_other_names, load_translated
+from .fingerprint import dataset_fingerprint
+from .input_pipeline import InputPipeline
+from .mask_budget import MaskBudget
+from .masked_step import logits_of, masked_step
+from .refusals import refuse_unsupported
+from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset, has_index, random_state_kept
+from .training_args import SmootTrainingArguments
+from .training_log import LogWindow
+
+logger = logging.get_logger(__name__)
+
+MASK_BUDGET_NAME = "mask_budget.safetensors"
+
+
+class SmootTrainer(Trainer):
+    """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
+
+    Takes the place of `transformers.Trainer` for any image classifier whose output has `logits`. The trainer itself
+    attaches each sample's index to the training batches and takes it off again: collators, transforms, metrics and
+    callbacks need not know. Evaluation is the Trainer's own: no masking, and K does not move.
+
+    Args:
+        model: as in `Trainer`.
+        args: `SmootTrainingArguments`, or plain `TrainingArguments` for the defaults of SMOOT.
+        *others: as in `Trainer`.
+        input_pipeline: augments, normalises and resizes uint8 images in batches on the device, so that masks live at
+            the images' native resolution; without it the data set's own `pixel_values` are masked.
+        **more: as in `Trainer`.
+
+    Attributes:
+        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
+
+    Raises:
+        ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
+    """
+
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        input_pipeline: InputPipeline | None = None,
+        **more: Any,
+    ) -> None:
+        if args is None:
+            args = SmootTrainingArguments(output_dir="tmp_trainer")
+        elif not isinstance(args, SmootTrainingArguments):
+            args = SmootTrainingArguments.from_training_arguments(args)
+        self.input_pipeline = input_pipeline
+        self.mask_budget: MaskBudget | None = None
+        super().__init__(model, args, *others, **more)
+        # The loss below is normalised by the items of the whole accumulated batch, whatever the model declares.
+        self.model_accepts_loss_kwargs = True
+        self._log_window = LogWindow()
+        self._epoch: int | None = None
+        refuse_unsupported(self)
+        if args.method != "standard" and self.train_dataset is not None:
+            self.mask_budget = self._fresh_mask_budget()
+
+    # --- the mask budget -------------------------------------------------------------------------------------------
+
+    def _fresh_mask_budget(self) -> MaskBudget:
+        """K of every training sample at its start; looks at the first sample for the size of the images."""
+        dataset, collator = self._indexed_parts(self.train_dataset, "training")
+        with random_state_kept():
+            first = collator(dataset.__getitems__([0]))
+        self._budgeted_dataset = self.train_dataset
+        return MaskBudget.for_training(
+            self.args, len(dataset), first["pixel_values"].shape[-2:], dataset_fingerprint(self.train_dataset)
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; with `model_init`, or after a change of `train_dataset`, K starts afresh as well."""
+        if self.args.method != "standard" and self.train_dataset is not None:
+            refuse_unsupported(self)
+            goes_on = self.model_init is None and self._budgeted_dataset is self.train_dataset
+            if self.mask_budget is None or not goes_on:
+                self.mask_budget = self._fresh_mask_budget()
+            else:
+                self.mask_budget.forget_visits()
+        self._log_window = LogWindow()
+        return super().train(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.mask_budget is not None and self.args.should_save:
+            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.mask_budget is None:
+            return
+        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
+        if os.path.isfile(path):
+            self.mask_budget.restore(path)
+        else:
+            logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if has_other_names(self.model, resume_from_checkpoint):
+            load_translated(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if has_other_names(self.model, best):
+            load_translated(self.model, best)
+        else:
+            super()._load_best_model()
+
+    # --- the index of a sample -------------------------------------------------------------------------------------
+
+    def _indexed_parts(self, dataset: Any, description: str) -> tuple[IndexedDataset, IndexedCollator]:
+        """The training set and its collator, unused columns removed as the Trainer would, with `sample_idx`."""
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+            collator = self.data_collator
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
+        indexed = IndexedCollator(collator, self.label_names[0], num_labels, self.input_pipeline is not None)
+        return IndexedDataset(dataset), indexed
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        if not is_training or not has_index(dataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        indexed, collator = self._indexed_parts(dataset, description)
+        sampler_of_original = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        with self._replaced(collator):
+            return super()._get_dataloader(
+                indexed, description, batch_size, sampler_of_original, is_training, dataloader_key
+            )
+
+    @contextmanager
+    def _replaced(self, collator: IndexedCollator) -> Iterator[None]:
+        """Let the Trainer build its loader with `collator` as it is: the columns have been removed before."""
+        own, removes_columns = self.data_collator, self.args.remove_unused_columns
+        self.data_collator, self.args.remove_unused_columns = collator, False
+        try:
+            yield
+        finally:
+            self.data_collator, self.args.remove_unused_columns = own, removes_columns
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.
+        self._epoch = epoch
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _epoch_number(self) -> int:
+        if self.is_in_train and self._epoch is None:
+            raise RuntimeError("this version of transformers does not tell SmootTrainer its epochs: K would never move")
+        return self._epoch or 0
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self.input_pipeline is None or "pixel_values" not in inputs:
+            return inputs
+        pixels = inputs["pixel_values"]
+        if SAMPLE_IDX in inputs:
+            images = self.input_pipeline.prepare_training(pixels, inputs[SAMPLE_IDX], self._epoch_number())
+        else:
+            images = self.input_pipeline.prepare_evaluation(pixels)
+        return {**inputs, "pixel_values": images}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Cross-entropy, and in training by sgt or smoot the KL term of the masked images (Equation 5).
+
+        Args:
+            model: as in `Trainer`.
+            inputs: the batch, on the device.
+            return_outputs: return the model's own output (of the clean images) as well.
+            num_items_in_batch: number of samples of the whole accumulated batch, which normalises the sum.
+
+        Raises:
+            ValueError: the model's output has no `logits`, or a training batch has lost its `sample_idx`.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop(self.label_names[0])
+        images = inputs.pop("pixel_values")
+        sample_idx = inputs.pop(SAMPLE_IDX, None)
+        is_training = model.training and torch.is_grad_enabled()
+        if is_training and self.args.method != "standard":
+            loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch)
+        else:
+            # In evaluation the pipeline has resized already, as the image processor does.
+            outputs = model(pixel_values=self._resize(images) if is_training else images, **inputs)
+            ce = SF.classification_loss(logits_of(outputs), labels, self.args.label_smoothing_factor)
+            loss = self._classification_loss(outputs, labels, ce, num_items_in_batch)
+            if is_training:
+                self._log_window.add(ce_loss=ce)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was summed over all items
+        return (loss, outputs) if return_outputs else loss
+
+    def _masked_loss(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        sample_idx: Tensor | None,
+        others: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor, Any]:
+        """One step of Algorithm 2; returns the loss and the model's output on the clean images."""
+        if sample_idx is None or self.mask_budget is None:
+            raise ValueError(
+                f"the training batch has no {SAMPLE_IDX!r}: get_train_dataloader was replaced by one that does not "
+                "attach it. Override _get_train_sampler, or the data collator, in its place"
+            )
+        args, budget, epoch = self.args, self.mask_budget, self._epoch_number()
+        if images.shape[-2:] != budget.image_size:
+            raise ValueError(
+                "all training images must have one size, for K counts its pixels: got "
+                f"{tuple(images.shape[-2:])} after {budget.image_size}"
+            )
+        budget.begin_epoch(epoch)
+
+        step = masked_step(
+            model,
+            images,
+            labels,
+            sample_idx,
+            budget.read(sample_idx),
+            epoch,
+            args,
+            resize=self._resize,
+            other_inputs=others,
+            saliency_model=self.model,
+        )
+        moved = self._move_budget(budget, sample_idx, step.delta)
+        self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta, k_up=moved > 0, k_down=moved < 0)
+        ce_loss = self._classification_loss(step.outputs, labels, step.ce, num_items_in_batch)
+        return ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch), step.outputs
+
+    def _resize(self, images: Tensor) -> Tensor:
+        return images if self.input_pipeline is None else self.input_pipeline.resize(images)
+
+    def _move_budget(self, budget: MaskBudget, sample_idx: Tensor, delta: Tensor) -> Tensor:
+        """Move K on every process by what all of them saw, so that it stays the same everywhere."""
+        if self.args.method == "sgt":
+            return torch.zeros_like(sample_idx)
+        if self.accelerator.num_processes > 1:
+            sample_idx, delta = self.accelerator.gather((sample_idx, delta))
+        return budget.update(sample_idx, delta, self.args.step_in_pixels(budget.image_size), self.args.rounding)
+
+    def _classification_loss(
+        self, outputs: Any, labels: Tensor, ce: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        return _batch_mean(ce, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; training logs gain the parts of the loss and the statistics of K."""
+        if "loss" in logs:
+            logs.update(self._log_window.drain(self.accelerator))
+        if self.mask_budget is not None and ("loss" in logs or "train_loss" in logs):
+            logs.update(self.mask_budget.statistics())
+        super().log(logs, start_time)
+
+
+def _batch_mean(per_sample: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Mean over the batch, or this micro-batch's share of the mean over the whole accumulated batch."""
+    return per_sample.mean() if num_items_in_batch is None else per_sample.sum() / num_items_in_batch

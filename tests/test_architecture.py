@@ -1,0 +1,74 @@
+"""Who may import whom: the arrows of the house, read from the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "smoot_hf"
+
+# Room -> what it must not import. A module stands for itself and everything below it.
+FORBIDDEN = {
+    "smoot_hf/functional": ["smoot_hf!functional", "transformers", "datasets", "numpy", "accelerate"],
+    "smoot_hf/evaluation.py": ["smoot_hf.trainer"],
+    "smoot_hf/trainer.py": ["smoot_hf.data", "smoot_hf.evaluation"],
+    "smoot_hf": ["recipes", "matplotlib", "sklearn", "tests"],
+}
+
+
+def imported_modules(source, package):
+    """Absolute names of every module that `source`, a module of `package`, imports, wherever in the file."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def offends(name, rule):
+    """`a!b`: anything of `a` but `a.b`; otherwise `rule` and everything below it."""
+    outer, _, allowed = rule.partition("!")
+    below = lambda module: name == module or name.startswith(module + ".")  # noqa: E731
+    return below(outer) and not (allowed and below(f"{outer}.{allowed}"))
+
+
+def offences(path, rules):
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    return [(path.name, n, r) for n in imported_modules(path.read_text(), package) for r in rules if offends(n, r)]
+
+
+# sklearn ships the digits that the loader embeds; it is imported when they are asked for.
+ALLOWED = {("data.py", "sklearn")}
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_no_room_imports_what_it_must_not(room):
+    """Catches the trainer knowing the data, the judge knowing the trainer, and a figure library at import."""
+    place = ROOT / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    assert files
+    found = [o for path in files for o in offences(path, FORBIDDEN[room])]
+    assert [o for o in found if (o[0], o[2]) not in ALLOWED] == []
+
+
+def test_the_test_above_can_fail():
+    """It sees relative, nested and aliased imports."""
+    source = "from . import trainer\nfrom .trainer import X\ndef f():\n    import matplotlib.pyplot as plt\n"
+    assert imported_modules(source, "smoot_hf") == ["smoot_hf.trainer", "smoot_hf.trainer.X", "matplotlib.pyplot"]
+    assert offends("smoot_hf.trainer.X", "smoot_hf.trainer")
+    assert not offends("smoot_hf.training_args", "smoot_hf.train")
+    assert offends("smoot_hf.mask_budget", "smoot_hf!functional")
+    assert not offends("smoot_hf.functional.masking", "smoot_hf!functional")
+    assert imported_modules("from ..trainer import X", "smoot_hf.functional") == ["smoot_hf.trainer.X"]
+
+
+def test_files_stay_small():
+    """A file that passes 300 lines holds more than one noun."""
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    assert long == {}

@@ -1,0 +1,118 @@
+"""Runs that must give the same weights."""
+
+import pytest
+import torch
+from conftest import QUICK, TinyImages, build, largest_difference, parameters
+from transformers import Trainer, TrainingArguments
+
+
+def plain_trainer(tmp_path, name, length=24, **overrides):
+    args = TrainingArguments(output_dir=str(tmp_path / "plain"), **(QUICK | overrides))
+    return Trainer(model=build(name), args=args, train_dataset=TinyImages(length))
+
+
+@pytest.mark.parametrize("length", [24, 21])
+@pytest.mark.parametrize("name", ["vit", "resnet", "cnn"])
+def test_standard_training_is_the_plain_trainers_to_the_last_bit(name, length, tmp_path, quick_trainer):
+    """Catches a look at the data that moves the random state, another normalisation, another order of samples."""
+    plain = plain_trainer(tmp_path, name, length)
+    plain.train()
+    ours = quick_trainer(name, TinyImages(length), method="standard")
+    ours.train()
+    for parameter, value in plain.model.state_dict().items():
+        assert torch.equal(value, ours.model.state_dict()[parameter]), parameter
+
+
+def test_accumulation_of_four_is_the_plain_trainers_on_vit(tmp_path, quick_trainer):
+    """Catches a loss that is not divided by the accumulation steps (2.3 at one step, 4.6 at two)."""
+    settings = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
+    plain = plain_trainer(tmp_path, "vit", **settings)
+    plain.train()
+    ours = quick_trainer("vit", method="standard", **settings)
+    ours.train()
+    assert largest_difference(dict(plain.model.named_parameters()), parameters(ours)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["standard", "sgt", "smoot"])
+@pytest.mark.parametrize("name", ["vit", "resnet_without_batchnorm"])
+def test_accumulation_of_four_is_the_fourfold_batch(name, method, quick_trainer):
+    """Catches an inflated loss: the stock Trainer's on ResNet, whose loss is a mean of every micro-batch."""
+    final = {}
+    for accumulation in (1, 4):
+        model = build(name.split("_")[0])
+        if name != "vit":
+            freeze_batch_statistics(model)
+        trainer = quick_trainer(
+            model, method=method, gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=8 // accumulation, step_size=300, optim="sgd",
+        )  # fmt: skip
+        trainer.train()
+        final[accumulation] = parameters(trainer), None if method == "standard" else trainer.mask_budget.k
+    assert largest_difference(final[1][0], final[4][0]) < 1e-5
+    if method != "standard":
+        assert torch.equal(final[1][1], final[4][1])
+
+
+def freeze_batch_statistics(model):
+    """Micro-batches have statistics of their own: with them in use the two runs differ by right."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.forward = lambda x, m=module: torch.nn.functional.batch_norm(
+                x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps
+            )
+
+
+def test_an_uneven_last_window_weighs_every_sample_alike(quick_trainer):
+    """Catches a mean of means where the last micro-batch is smaller."""
+    final = []
+    for accumulation, batch in ((1, 12), (3, 4)):
+        trainer = quick_trainer(
+            "vit", TinyImages(22), method="sgt", gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=batch, max_steps=4, optim="sgd",
+        )  # fmt: skip
+        trainer.train()
+        final.append(parameters(trainer))
+    assert largest_difference(*final) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_kl_weight_zero_gives_the_weights_of_standard_training(name, trained):
+    """Catches a second forward pass that consumes random numbers, and gradients of the saliency pass left behind."""
+    runs = [trained(name, method="standard"), trained(name, method="smoot", kl_weight=0.0)]
+    assert largest_difference(*map(parameters, runs)) == 0
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "cnn"])
+def test_step_size_zero_is_sgt(name, trained):
+    """Catches a K that drifts without a step, and methods that differ in more than K."""
+    runs = [trained(name, method="sgt"), trained(name, method="smoot", step_size=0.0)]
+    assert largest_difference(*map(parameters, runs)) == 0
+
+
+def test_the_methods_differ(trained):
+    """The tests above can fail."""
+    runs = [trained(method=method, step_size=500) for method in ("standard", "sgt", "smoot")]
+    standard, sgt, smoot = map(parameters, runs)
+    assert largest_difference(standard, sgt) > 1e-4
+    assert largest_difference(sgt, smoot) > 1e-4
+
+
+def test_the_eval_pass_is_the_shared_pass_without_dropout_and_batchnorm(trained):
+    """Catches a saliency of other images or another score in the pass of its own."""
+    runs = [trained(saliency_pass=which, step_size=500) for which in ("shared", "eval")]
+    assert largest_difference(*map(parameters, runs)) == 0
+    assert torch.equal(runs[0].mask_budget.k, runs[1].mask_budget.k)
+
+
+def test_the_looks_of_the_trainer_leave_no_trace(quick_trainer):
+    """Catches a first sample drawn with the run's own random numbers."""
+
+    class Random(TinyImages):
+        def __getitem__(self, i):
+            return {"pixel_values": torch.randn(3, 8, 8), "labels": self.labels[i]}
+
+    trainer = quick_trainer(train_dataset=Random(), seed=3)
+    after_smoot = torch.rand(3)
+    quick_trainer(train_dataset=Random(), method="standard", seed=3)
+    assert trainer.mask_budget is not None
+    assert torch.equal(after_smoot, torch.rand(3))

@@ -1,0 +1,188 @@
+"""K of every sample: bounds, first visits, duplicates, statistics, file."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from smoot_hf import MaskBudget
+from smoot_hf.mask_budget import pixels_of_ratio
+
+
+def budget(num_samples=10, image_size=(10, 10), **overrides):
+    return MaskBudget(num_samples, image_size, **overrides)
+
+
+def idx(*rows):
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size", "pixels"),
+    [(0.2, (28, 28), 156), (0.8, (28, 28), 627), (0.2, (32, 32), 204), (0.5, (32, 32), 512), (0.29, (10, 10), 29),
+     (0.0, (5, 7), 0), (1.0, (5, 7), 35)],
+)  # fmt: skip
+def test_a_ratio_is_floored_to_pixels_once(ratio, size, pixels):
+    """Catches a rounding up (the tables' minimum is 204 for 0.2 * 1024) and binary fractions (0.29 * 100 < 29)."""
+    assert pixels_of_ratio(ratio, size) == pixels
+
+
+def test_every_sample_starts_at_the_ratio_in_int32():
+    """Catches a bound or an initial value in ratios, and eight bytes where four are promised."""
+    k = budget(image_size=(28, 28)).k
+    assert k.dtype == torch.int32
+    assert k.tolist() == [392] * 10
+
+
+def test_k_is_a_copy():
+    """Catches a caller's arithmetic that changes the training."""
+    mine = budget()
+    mine.k.zero_()
+    assert mine.k.tolist() == [50] * 10
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["floor", "trunc", "nearest"]), st.floats(0, 100))
+def test_epochs_of_updates_equal_a_slow_loop(seed, rounding, step_size):
+    """Catches a move at a second visit, the wrong one of two deltas, lost bounds, and a histogram that drifts."""
+    rng = np.random.default_rng(seed)
+    fast, slow = budget(7), [50] * 7
+    for epoch in range(3):
+        visited = set()
+        fast.begin_epoch(epoch)
+        for _ in range(4):
+            rows = rng.integers(0, 7, size=rng.integers(1, 6))
+            delta = rng.uniform(-1, 1, size=len(rows))
+            delta[rng.random(len(rows)) < 0.1] = np.nan
+            assert fast.read(torch.from_numpy(rows)).tolist() == [slow[row] for row in rows]
+            before = list(slow)
+            for row, d in zip(rows, delta, strict=True):
+                if row not in visited:
+                    slow[row] = reference.update_budget(slow[row], d, step_size, 20, 80, rounding)
+                    visited.add(row)
+            moved = fast.update(torch.from_numpy(rows), torch.from_numpy(delta), step_size, rounding)
+            assert moved.sum() == sum(slow) - sum(before)
+            assert fast.k.tolist() == slow
+    assert fast.histogram.tolist() == np.bincount(slow, minlength=81)[20:].tolist()
+    statistics = fast.statistics()
+    assert statistics == {"k_min": min(slow), "k_median": np.median(slow), "k_max": max(slow)}
+
+
+def test_a_sample_moves_once_per_epoch_and_again_in_the_next():
+    """Catches a second move for a sample that the sampler repeats, and one that never moves again."""
+    mine = budget()
+    mine.begin_epoch(0)
+    mine.update(idx(3), torch.tensor([1.0]), 10)
+    mine.begin_epoch(0)
+    mine.update(idx(3), torch.tensor([1.0]), 10)
+    assert mine.k[3] == 60
+    mine.begin_epoch(1)
+    mine.update(idx(3), torch.tensor([1.0]), 10)
+    assert mine.k[3] == 70
+
+
+def test_median_of_an_even_number_is_the_mean_of_the_middle_two():
+    """Catches torch's lower median, which differs from the tables' and NumPy's."""
+    mine = budget(2)
+    mine.update(idx(0), torch.tensor([1.0]), 5)
+    assert mine.statistics() == {"k_min": 50, "k_median": 52.5, "k_max": 55}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"mask_ratio": 1.2, "mask_ratio_max": 1.5}, "mask_ratio_max=1.5"),
+        ({"mask_ratio": 0.1}, "mask_ratio=0.1"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    """Each names the value that is wrong."""
+    with pytest.raises(ValueError, match=message):
+        budget(**arguments)
+
+
+# --- file --------------------------------------------------------------------------------------------------------
+
+
+def moved_budget(**overrides):
+    mine = budget(dataset_fingerprint="abc", **overrides)
+    mine.begin_epoch(4)
+    mine.update(idx(0, 1, 2), torch.tensor([1.0, -1.0, 0.3]), 10)
+    return mine
+
+
+def test_a_saved_budget_comes_back_with_its_epoch_and_first_visits(tmp_path):
+    """Catches a resumed epoch in which samples move a second time, and one in which none moves."""
+    saved, fresh = moved_budget(), budget(dataset_fingerprint="abc")
+    saved.save(tmp_path / "k.safetensors")
+    fresh.restore(tmp_path / "k.safetensors")
+    for mine in (saved, fresh):
+        mine.begin_epoch(4)
+        mine.update(idx(0, 5), torch.tensor([1.0, 1.0]), 10)
+    assert torch.equal(saved.k, fresh.k)
+    assert fresh.k[:6].tolist() == [60, 40, 53, 50, 50, 60]
+    assert torch.equal(saved.histogram, fresh.histogram)
+
+
+def test_the_file_can_be_read_by_anyone(tmp_path):
+    """Catches an encoding that only this class understands."""
+    moved_budget().save(tmp_path / "k.safetensors")
+    with safe_open(tmp_path / "k.safetensors", framework="np") as file:
+        assert file.get_tensor("k")[:3].tolist() == [60, 40, 53]
+        assert file.metadata()["num_samples"] == "10"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_samples": 11}, "num_samples is 10 there and 11 here"),
+        ({"image_size": (10, 20)}, "image_width is 10 there and 20 here"),
+        ({"mask_ratio_max": 0.9}, "k_max is 80 there and 90 here"),
+        ({"dataset_fingerprint": "xyz"}, "dataset_fingerprint is abc there and xyz here"),
+    ],
+)
+def test_a_budget_of_another_run_is_refused_and_nothing_taken_up(tmp_path, other, message):
+    """Catches K of another data set, which would train silently wrong."""
+    moved_budget().save(tmp_path / "k.safetensors")
+    mine = budget(**({"dataset_fingerprint": "abc"} | other))
+    before = mine.k
+    with pytest.raises(ValueError, match=message):
+        mine.restore(tmp_path / "k.safetensors")
+    assert torch.equal(mine.k, before)
+
+
+def test_torn_altered_and_foreign_files_are_refused(tmp_path):
+    """Catches a crash while writing and a flipped bit that pass for K."""
+    path, mine = tmp_path / "k.safetensors", budget(dataset_fingerprint="abc")
+    moved_budget().save(path)
+    whole = path.read_bytes()
+    for length in (0, 7, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cannot be read"):
+            mine.restore(path)
+    path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+    with pytest.raises(ValueError, match="damaged"):
+        mine.restore(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        mine.restore(tmp_path / "absent.safetensors")
+
+
+def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
+    """Catches a write in place: a full disk must not cost the K that was saved."""
+    path = tmp_path / "k.safetensors"
+    moved_budget().save(path)
+    whole = path.read_bytes()
+
+    def disk_full(tensors, filename, metadata):
+        with open(filename, "wb") as file:
+            file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("smoot_hf.mask_budget.save_file", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        moved_budget().save(path)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,217 @@
+"""The recipes: their settings, their command line, and a run from the command to the saved model."""
+
+import importlib
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from smoot_hf.data import load_image_dataset
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+NAMES = sorted(path.stem for path in FOLDER.glob("train_*.py"))
+QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "200", "--max_eval_samples", "100"]
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch, tmp_path):
+    """As when a recipe is run: its folder is importable, and `runs/` is in the current directory."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def parse(recipe, *argv):
+    command_line = importlib.import_module("command_line")
+    defaults = getattr(importlib.import_module(recipe), "DEFAULTS", {}) if recipe != "train" else {}
+    return command_line.parse(command_line.make_parser(defaults, "help"), list(argv))
+
+
+def one_line(capsys):
+    """What a user sees of an error."""
+    error = capsys.readouterr().err.strip().splitlines()
+    return error[-1]
+
+
+def run(recipe, *argv):
+    module = importlib.import_module(recipe)
+    return importlib.import_module("train").main(module.DEFAULTS, argv=[*argv, *QUICK])
+
+
+def test_there_is_a_recipe_for_every_data_set():
+    """Fault: the tests below find nothing to test."""
+    assert NAMES == ["train_cifar10", "train_cifar100", "train_digits", "train_fashion_mnist", "train_mnist"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_are_flags(name):
+    """Fault: a misspelled default, which argparse takes without a word."""
+    command_line = importlib.import_module("command_line")
+    defaults = {**command_line.DEFAULTS, **importlib.import_module(name).DEFAULTS}
+    args, recipe = parse(name)
+    for key, value in defaults.items():
+        if key not in ("output_dir", "report_to"):
+            assert getattr(args, key, getattr(recipe, key, None)) == value, key
+    assert args.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "alpha", "model"),
+    [
+        ("train_mnist", 1.0, 0.95, "cnn"),
+        ("train_fashion_mnist", 1.0, 0.95, "cnn"),
+        ("train_cifar10", 0.001, 0.8, "deit-tiny"),
+        ("train_cifar100", 0.001, 0.8, "deit-tiny"),
+    ],
+)
+def test_settings_are_the_papers(name, learning_rate, alpha, model):
+    """Fault: a table reproduced with the settings of another."""
+    args, recipe = parse(name)
+    assert (args.learning_rate, args.alpha, recipe.model, recipe.optimizer) == (learning_rate, alpha, model, "adadelta")
+    assert (args.num_train_epochs, args.per_device_train_batch_size, args.max_grad_norm) == (100, 256, 0)
+    assert (args.method, args.rounding, args.step_size, args.kl_weight, args.signed_saliency) == (
+        "smoot",
+        "trunc",
+        10,
+        1,
+        True,
+    )
+    assert str(args.lr_scheduler_type.value) == "constant"
+
+
+@pytest.mark.parametrize("as_first", [True, False])
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_flags_override_the_configuration_file_and_it_the_recipe(tmp_path, as_first, suffix):
+    """Fault: the file wins over the command line, or 5e-1 stays the text that YAML takes it for."""
+    path = tmp_path / f"config.{suffix}"
+    text = {"yaml": "alpha: 5e-1\ntop_n: 3\nhorizontal_flip: true\nmodel: null\n", "json": '{"alpha": 0.5, "top_n": 3}'}
+    path.write_text(text[suffix])
+    argv = [str(path)] if as_first else ["--config", str(path)]
+    args, recipe = parse("train_mnist", *argv, "--top_n", "4")
+    assert (args.alpha, args.top_n, recipe.model) == (0.5, 4, "cnn")
+    assert recipe.horizontal_flip == (suffix == "yaml")
+
+
+def test_output_directory_names_the_run():
+    """Fault: runs that overwrite each other."""
+    assert parse("train_mnist")[0].output_dir == "runs/mnist-cnn-smoot"
+    assert parse("train_cifar10", "--method", "sgt", "--dataset", "/data/cifar/")[0].output_dir == (
+        "runs/cifar-deit-tiny-sgt"
+    )
+    assert parse("train_mnist", "--output_dir", "here")[0].output_dir == "here"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean learning_rate"),
+        (["--max_train", "1"], "unknown argument --max_train"),
+        (["--method", "smot"], "invalid choice: 'smot'"),
+        (["--alpha", "2"], "alpha must be in [0, 1], got 2.0"),
+        (["missing.yaml"], "cannot read the configuration file 'missing.yaml'"),
+        (["--config", "wrong.yaml"], "unknown key 'datset' in wrong.yaml: did you mean dataset"),
+        (["--config", "list.yaml"], "must map names of flags to values"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv, message, capsys):
+    """Fault: two hundred flags of usage, or a traceback."""
+    Path("wrong.yaml").write_text("datset: digits\n")
+    Path("list.yaml").write_text("- 1\n")
+    with pytest.raises(SystemExit) as stop:
+        parse("train_digits", *argv)
+    assert stop.value.code == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset", "someone/something"], "--dataset takes a local directory"),
+        (["--model", "someone/something"], "--model takes a local directory"),
+        (["--image_column", "photo"], "image_column='photo' is not a column"),
+        (["--max_train_samples", "0"], "max_train_samples must be at least 1"),
+        (["--crop_padding", "-1"], "crop_padding must be at least 0"),
+    ],
+)
+def test_wrong_data_or_model_are_one_line(argv, message, capsys):
+    """Fault: a traceback where the network or a name is missing."""
+    main = importlib.import_module("train").main
+    with pytest.raises(SystemExit) as stop:
+        main({"dataset": "digits"}, argv=[*argv, "--use_cpu"])
+    assert stop.value.code == 2
+    assert message in one_line(capsys)
+
+
+def test_help_explains_every_flag(capsys):
+    """Fault: a flag without help."""
+    parser = importlib.import_module("command_line").make_parser({}, "help")
+    unexplained = [a.dest for a in parser._actions if not a.help and not any("--no" in o for o in a.option_strings)]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize("method", ["smoot", "standard"])
+def test_digits_from_command_to_saved_model(method, capsys):
+    """Fault: what is saved is not what was evaluated (weights, processor, class names), or the summary is missing."""
+    metrics = run("train_digits", "--num_train_epochs", "2", "--method", method)
+    printed = capsys.readouterr().out
+    folder = Path(f"runs/digits-cnn-{method}")
+    assert f"{method} on digits: 200 training and 100 test images, 1 process(es) on cpu" in printed
+    assert f"test accuracy     {metrics['eval_accuracy']:.2%} of 100 images" in printed
+    assert ("K min/median/max" in printed) == (method == "smoot")
+    assert f"model saved in    {folder}" in printed
+    assert json.loads((folder / "all_results.json").read_text())["eval_accuracy"] == metrics["eval_accuracy"]
+
+    model, processor = (
+        AutoModelForImageClassification.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder),
+    )
+    test = load_image_dataset("digits")["test"].shuffle(seed=0).select(range(100))
+    with torch.no_grad():
+        predicted = model(**processor(test["image"][:], return_tensors="pt")).logits.argmax(1)
+    assert float(np.mean(predicted.numpy() == np.array(test["labels"]))) == pytest.approx(metrics["eval_accuracy"])
+    assert model.config.id2label[3] == "3"
+
+
+def test_adadelta_gets_its_flags():
+    """Fault: AdamW in its place, or a flag that does not reach it."""
+    train = importlib.import_module("train")
+    args, recipe = parse("train_digits", *QUICK, "--weight_decay", "0.1", "--learning_rate", "0.5")
+    trainer = train.make_trainer(train.prepare(args, recipe), args, recipe)
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    assert type(trainer.optimizer) is torch.optim.Adadelta
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_resumed_run_goes_on():
+    """Fault: the flag is parsed and forgotten."""
+    run("train_digits", "--num_train_epochs", "1")
+    run("train_digits", "--num_train_epochs", "2", "--resume_from_checkpoint", "true")
+    state = json.loads(Path("runs/digits-cnn-smoot/trainer_state.json").read_text())
+    assert state["epoch"] == 2
+    assert [entry["epoch"] for entry in state["log_history"] if "loss" in entry] == [1.0, 2.0]
+
+
+def test_a_limited_data_set_has_all_classes(tmp_path):
+    """Fault: the first rows of an imagefolder are all of one class; grey images reach a model that takes RGB."""
+    for name in ("cat", "dog"):
+        for split in ("train", "test"):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for i in range(20):
+                Image.new("L", (8, 8), color=10 * i).save(folder / f"{i}.png")
+    train = importlib.import_module("train")
+    args, recipe = parse(
+        "train", "--dataset", str(tmp_path / "set"), "--convert_rgb", "--use_cpu", "--max_train_samples", "10"
+    )
+    task = train.prepare(args, recipe)
+    assert (len(task.train), len(task.test)) == (10, 40)
+    assert set(task.train.labels) == {0, 1}
+    assert task.train.image_shape == (3, 8, 8)
+    assert task.processor.do_convert_rgb
+    assert task.model.config.label2id == {"cat": 0, "dog": 1}
