@@ -1,6 +1,9 @@
 """SMOOT for Hugging Face: a Trainer that makes saliency maps sharp and faithful."""
 
 from . import functional
+from .comparison import compare_faithfulness
+from .convention import Convention
+from .evaluation import Faithfulness, evaluate_faithfulness
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
 from .models import PaperCnnConfig, PaperCnnForImageClassification
@@ -10,11 +13,15 @@ from .training_args import SmootTrainingArguments
 __version__ = "0.1.0"
 
 __all__ = [
+    "Convention",
+    "Faithfulness",
     "InputPipeline",
     "MaskBudget",
     "PaperCnnConfig",
     "PaperCnnForImageClassification",
     "SmootTrainer",
     "SmootTrainingArguments",
+    "compare_faithfulness",
+    "evaluate_faithfulness",
     "functional",
 ]

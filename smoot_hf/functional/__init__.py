@@ -3,19 +3,25 @@
 from .budget import update_budget
 from .masking import counter_uniform, least_salient_mask, mean_fill, uniform_fill
 from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
+from .perturbation import area_under_curve, deletion_curve, insertion_curve
+from .removal import removal_fill
 from .saliency import class_score, input_saliency
 
 __all__ = [
     "ObjectiveParts",
+    "area_under_curve",
     "class_score",
     "classification_loss",
     "counter_uniform",
+    "deletion_curve",
     "input_saliency",
+    "insertion_curve",
     "kl_divergence",
     "least_salient_mask",
     "masked_objective",
     "mean_fill",
     "probability_shift",
+    "removal_fill",
     "uniform_fill",
     "update_budget",
 ]

@@ -1,0 +1,222 @@
+"""Time of a faithfulness evaluation beside the forward passes it must do, and beside Quantus and torch-cam.
+
+    python recipes/benchmarks/faithfulness.py [--models cnn deit-tiny] [--images 1000] [--repeats 5] [--out FILE.json]
+
+Time: TO-MEASURE for the defaults on two CPU cores; `--images 256 --batch_size 64` takes a minute for the CNN. The
+peers are optional:
+
+    pip install "torchcam==0.5.*" "quantus==0.6.*"
+
+Every line is measured on the same untrained network, images and given attributions, in turn within each repeat, so that
+a machine that slows down slows all of them; medians over the repeats. `forward` is S + 1 forward passes over the images
+and nothing else. The peers do other work for their numbers, which is why each has its own line of ours beside it:
+
+  deletion     our deletion curve: S + 1 forward passes.
+  quantus      PixelFlipping: S forward passes (the unmasked image is left out), zero fill. It flips single channel
+               values, not positions. It is asked for curves: its AUC needs the `np.trapz` that NumPy 2.4 lacks.
+  both         our deletion and insertion curves: 2 S forward passes, the two end points shared.
+  torchcam     DeletionInsertionMetric: the same, with probabilities and zero fill.
+
+Expected on a CPU (--images 256 --batch_size 64 --threads 1 --clock process, CNN): deletion / forward 0.67, since
+convolutions run in the channels-last layout; quantus / deletion 1.43; torchcam / both 1.34. A transformer has next to
+no convolutions: there all of them stand at their number of forward passes, of which Quantus does one less.
+
+On a machine that others use too, `--clock process --threads 1` counts the processor time of this process alone.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor, nn
+
+from smoot_hf.attributions import LogitsModel
+from smoot_hf.convention import Convention
+from smoot_hf.evaluation import evaluate_faithfulness
+from smoot_hf.functional.removal import even_fractions
+from smoot_hf.models import load_model
+
+# Steps that Quantus can take: it wants H * W to be a multiple of the values flipped in a step, and flips C * H * W.
+MODELS = {"cnn": {"channels": 1, "side": 28, "steps": 8}, "deit-tiny": {"channels": 3, "side": 32, "steps": 12}}
+PEERS = {"quantus": 'pip install "quantus==0.6.*"', "torchcam": 'pip install "torchcam==0.5.*"'}
+
+
+class InMemory:
+    """Images and labels on the device, given out in batches."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {"pixel_values": self.images[rows], "labels": self.labels[rows]}
+
+
+class GivenAttribution:
+    """Hands out the next rows of finished maps, to us as an attribution and to torch-cam as its extractor."""
+
+    def __init__(self, model: nn.Module, maps: Tensor) -> None:
+        self.model, self.maps, self.next = model, maps, 0
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` maps, from the start again after the last."""
+        maps = self.maps[self.next : self.next + count]
+        self.next = (self.next + count) % len(self.maps)
+        return maps
+
+    # torch-cam's protocol, as are the next two.
+    def __call__(self, class_idx: Any = None, scores: Any = None, *_: Any, **__: Any) -> list[Tensor]:
+        """The next map for every row of `scores`, as a list of one."""
+        return [self.take(len(scores))]
+
+    def fuse_cams(self, cams: list[Tensor]) -> Tensor:
+        """One map of several: of the one."""
+        return cams[0]
+
+    @contextlib.contextmanager
+    def _hooks_off(self) -> Iterator[None]:
+        yield
+
+
+def jobs(name: str, count: int, batch_size: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    channels, side, steps = (MODELS[name][key] for key in ("channels", "side", "steps"))
+    torch.manual_seed(0)
+    labels = [str(i) for i in range(10)]
+    network = load_model(name, labels=labels, image_size=(side, side), num_channels=channels, from_scratch=True)
+    model = LogitsModel(network).eval().to(device)
+    images = torch.randn(count, channels, side, side, device=device)
+    targets = torch.arange(count, device=device) % 10
+    given = GivenAttribution(model, torch.rand(count, side, side, device=device))
+    data = InMemory(images, targets)
+    convention = Convention(measure="probability", fill="zero", fractions=even_fractions(steps))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _ in range(steps + 1):
+                for block in images.split(batch_size):
+                    model(block)
+
+    def evaluate(curves: tuple[Any, ...]) -> None:
+        def attribution(_: nn.Module, block: Tensor, __: Tensor) -> Tensor:
+            return given.take(len(block))
+
+        evaluate_faithfulness(model, data, attribution, convention=convention, curves=curves, batch_size=batch_size)
+
+    timed: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "deletion": lambda: evaluate(()),
+        "both": lambda: evaluate(("insertion",)),
+    }
+    if importlib.util.find_spec("quantus"):
+        timed["quantus"] = quantus_job(model, images, targets, given.maps, steps, batch_size)
+    if importlib.util.find_spec("torchcam"):
+        timed["torchcam"] = torchcam_job(given, images, targets, steps, batch_size)
+    return timed
+
+
+def quantus_job(
+    model: nn.Module, images: Tensor, targets: Tensor, maps: Tensor, steps: int, batch_size: int
+) -> Callable[[], object]:
+    """Quantus' PixelFlipping with as many steps as ours."""
+    import quantus
+
+    metric = quantus.PixelFlipping(
+        features_in_step=images[0].numel() // steps,
+        normalise=False,
+        perturb_baseline=0.0,
+        disable_warnings=True,
+    )
+    arrays = (values.cpu().numpy() for values in (images, targets, maps[:, None].expand_as(images)))
+    x, y, a = arrays
+    return lambda: metric(
+        model=model, x_batch=x, y_batch=y, a_batch=a, softmax=True, device=str(images.device), batch_size=batch_size
+    )
+
+
+def torchcam_job(
+    given: GivenAttribution, images: Tensor, targets: Tensor, steps: int, batch_size: int
+) -> Callable[[], object]:
+    """torch-cam's DeletionInsertionMetric over the same batches."""
+    from torchcam.metrics import DeletionInsertionMetric
+
+    metric = DeletionInsertionMetric(given, lambda logits: logits.softmax(-1), steps=steps, batch_size=batch_size)
+
+    def run() -> None:
+        for block, classes in zip(images.split(batch_size), targets.split(batch_size), strict=True):
+            metric.update(block, classes.tolist())
+        metric.summary()
+        metric.reset()
+
+    return run
+
+
+def measure(
+    timed: dict[str, Callable[[], object]], repeats: int, device: torch.device, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Median seconds of each, taken in turn; the first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(repeats + 1):
+        for name, run in timed.items():
+            start = clock()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def report(name: str, seconds: dict[str, float]) -> dict[str, float]:
+    """Print a model's times and ratios; give the ratios back."""
+    ratios = {"deletion / forward": seconds["deletion"] / seconds["forward"]}
+    for peer, ours in (("quantus", "deletion"), ("torchcam", "both")):
+        ratios[f"{peer} / {ours}"] = seconds[peer] / seconds[ours] if peer in seconds else math.nan
+    print(f"{name}, {MODELS[name]['steps']} steps")
+    for line, value in seconds.items():
+        print(f"  {line:22} {value:8.3f} s")
+    for line, value in ratios.items():
+        peer = line.split(" / ")[0]
+        print(f"  {line:22} " + (f"not installed: {PEERS[peer]}" if math.isnan(value) else f"{value:8.3f}"))
+    return {line: value for line, value in ratios.items() if not math.isnan(value)}
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=["wall", "process"], default="wall")
+    parser.add_argument("--out", help="JSON file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    found = {}
+    for name in args.models:
+        seconds = measure(jobs(name, args.images, args.batch_size, device), args.repeats, device, clock)
+        found[name] = {"steps": MODELS[name]["steps"], "median_seconds": seconds, "ratios": report(name, seconds)}
+    if args.out:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump({"arguments": vars(args), "versions": versions, "models": found}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Faithfulness of a classifier's saliency: deletion and insertion over a whole data set (the paper's tables, Fig. 3).
+
+Any checkpoint can be judged: nothing here knows how the model was trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .attributions import LogitsModel, Method
+from .bootstrap import bootstrap_interval
+from .convention import Convention, resolve_convention
+from .evaluation_data import AttributionFunction, RankedBatch, autocast, data_batches, rank_batch
+from .functional import counter_uniform
+from .functional.perturbation import area_under_curve, deletion_curve, insertion_curve
+from .functional.removal import Fill, removed_counts
+from .model_state import model_device, untouched
+
+# What can be measured beside the deletion curve.
+FurtherCurve = Literal["insertion", "least_salient_first", "random"]
+ALL_CURVES: tuple[FurtherCurve, ...] = ("insertion", "least_salient_first", "random")
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One curve over a data set, in percent.
+
+    Attributes:
+        values: float64 (S+1,), the mean over the images.
+        sample_auc: float64 (n,), the area under each image's own curve; their mean is `auc`.
+        interval: 95 % bootstrap interval of `auc` over the images; `None` for a single image.
+    """
+
+    values: Tensor
+    sample_auc: Tensor
+    interval: tuple[float, float] | None
+
+    @property
+    def auc(self) -> float:
+        """Area under the curve."""
+        return float(self.sample_auc.mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Curve, area and interval as plain values; the images' own areas are left out."""
+        return {"values": self.values.tolist(), "auc": self.auc, "interval": self.interval and list(self.interval)}
+
+
+@dataclass(frozen=True, eq=False)
+class Faithfulness:
+    """What `evaluate_faithfulness` found; every value but `fractions` is in percent.
+
+    Attributes:
+        convention: how it was measured.
+        accuracy: of the unmasked images against their labels, over all images, the skipped ones included.
+        fractions: float64 (S+1,), the true fractions: removed (insertion: restored) positions / (H * W).
+        deletion: most salient positions removed first; lower is better.
+        insertion: most salient positions restored first; higher is better. `None` where it was not asked for.
+        least_salient_first: least salient positions removed first; higher is better. `None` as above.
+        random: positions removed in random order, the control; `None` as above.
+        n: images measured.
+        nan_skipped: images left out because their attribution holds a NaN.
+        sample_idx: int64 (n,), rows of the images measured.
+        seed: of all randomness.
+    """
+
+    convention: Convention
+    accuracy: float
+    fractions: Tensor
+    deletion: Curve
+    insertion: Curve | None
+    least_salient_first: Curve | None
+    random: Curve | None
+    n: int
+    nan_skipped: int
+    sample_idx: Tensor
+    seed: int
+
+    @property
+    def deletion_curve(self) -> Tensor:
+        """(S+1,)."""
+        return self.deletion.values
+
+    @property
+    def deletion_auc(self) -> float:
+        """Area under the deletion curve; lower is better."""
+        return self.deletion.auc
+
+    @property
+    def insertion_curve(self) -> Tensor | None:
+        """(S+1,), or `None`."""
+        return None if self.insertion is None else self.insertion.values
+
+    @property
+    def insertion_auc(self) -> float | None:
+        """Area under the insertion curve; higher is better."""
+        return None if self.insertion is None else self.insertion.auc
+
+    @property
+    def random_auc(self) -> float | None:
+        """Area under the deletion curve of a random ranking: what `deletion_auc` must be below to mean anything."""
+        return None if self.random is None else self.random.auc
+
+    @property
+    def gap(self) -> float | None:
+        """Area of least salient first minus area of most salient first; higher is better, 0 is a random ranking."""
+        if self.least_salient_first is None:
+            return None
+        return self.least_salient_first.auc - self.deletion.auc
+
+    @property
+    def gap_interval(self) -> tuple[float, float] | None:
+        """95 % bootstrap interval of `gap`, paired over the images."""
+        if self.least_salient_first is None:
+            return None
+        return bootstrap_interval(self.least_salient_first.sample_auc - self.deletion.sample_auc, self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `results.json`, the convention among them."""
+        curves = {name: getattr(self, name) for name in ("deletion", *ALL_CURVES)}
+        return {
+            "convention": self.convention.to_dict(),
+            "n": self.n,
+            "nan_skipped": self.nan_skipped,
+            "seed": self.seed,
+            "accuracy": self.accuracy,
+            "fractions": self.fractions.tolist(),
+            "gap": self.gap,
+            **{name: curve.to_dict() for name, curve in curves.items() if curve is not None},
+        }
+
+
+def evaluate_faithfulness(
+    model: nn.Module,
+    dataset: Any,
+    attribution: Method | AttributionFunction | None = None,
+    steps: int | None = None,
+    fill: Fill | None = None,
+    *,
+    convention: Convention | Literal["default", "paper"] = "default",
+    curves: Sequence[FurtherCurve] = ALL_CURVES,
+    input_pipeline: Any = None,
+    batch_size: int = 256,
+    autocast_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Faithfulness:
+    """Measure how faithful a model's attributions are: what is left of its accuracy when what they point at is removed.
+
+    One pass over the data. Each image costs the attribution, one unmasked forward pass and, for every curve, one for
+    each fraction in between; the fill alone is shared. The model runs in eval mode; its flags and gradients and the
+    global random states are left as they were found, also when an error is raised.
+
+    Args:
+        model: any image classifier: of `transformers`, timm's wrapper, or a module that returns logits.
+        dataset: map-style, with rows of `pixel_values` (C, H, W) and `labels` (or `label`); see `data_batches`.
+        attribution: a method of `attributions.attribute`, or a function (model, images (B, C, H, W), target (B,)) ->
+            (B, H, W). Default: the convention's, the gradient.
+        steps: even steps between the convention's end points. Default: as the convention says.
+        fill: what replaces a removed pixel. Default: as the convention says.
+        convention: `"default"`: accuracy, magnitude of the logit's gradient, corner fill, 0 to 100 % by 10. `"paper"`:
+            the log-probability's gradient and 0 to 90 % by 10, the area divided by 0.9. Or a `Convention` of your own.
+        curves: what to measure beside deletion.
+        input_pipeline: normalises uint8 pixels and resizes after the mask, which acts at native resolution; `None`
+            where the data come normalised and at the model's size.
+        batch_size: images per forward pass.
+        autocast_dtype: for example `torch.bfloat16`; `None` runs in the model's own precision.
+        seed: of the random ranking, the uniform fill, the noise of attributions and the bootstrap.
+
+    Returns:
+        Curves, areas and their intervals, in percent, with the convention that they depend on.
+
+    Raises:
+        ValueError: an empty data set, a model of one class, labels that are no classes of the model, `steps` below 1,
+            an attribution of another shape than (B, H, W), one that is NaN in every image, or an unknown choice.
+    """
+    own = attribution if callable(attribution) else None
+    convention = resolve_convention(convention, attribution, steps, fill)
+    unknown = set(curves) - set(ALL_CURVES)
+    if unknown:
+        raise ValueError(f"curves must be among {ALL_CURVES}, got {sorted(unknown)}")
+    scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
+    parts: list[dict[str, Tensor]] = []
+    positions = 0
+    with untouched(model), autocast(model_device(model), autocast_dtype):
+        for batch in data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size):
+            ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
+            parts.append(_measure(scorer, ranked, convention, curves, batch_size, seed))
+            positions = batch.images[0, 0].numel()
+    return _collect(parts, convention, positions, seed)
+
+
+def _measure(
+    score: LogitsModel,
+    batch: RankedBatch,
+    convention: Convention,
+    curves: Sequence[str],
+    batch_size: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """The curves (B, S+1) of one batch, with what must be known of each image; everything stays on the device."""
+    positions = batch.images[0, 0].numel()
+    known = {0: batch.outputs}
+    if "insertion" in curves or convention.fractions[-1] == 1.0:
+        with torch.no_grad():
+            known[positions] = score(batch.fill.expand_as(batch.images))
+    options: dict[str, Any] = {"measure": convention.measure, "chunk_size": batch_size, "known": known}
+    fixed = (batch.target, convention.fractions, batch.fill)
+    ranked = (score, batch.images, batch.attribution, *fixed)
+    part = {
+        "sample_idx": batch.sample_idx,
+        "is_correct": batch.outputs.argmax(dim=1) == batch.labels,
+        "is_nan": batch.attribution.isnan().flatten(1).any(dim=1),
+        "deletion": deletion_curve(*ranked, **options),
+    }
+    if "insertion" in curves:
+        part["insertion"] = insertion_curve(*ranked, **options)
+    if "least_salient_first" in curves:
+        part["least_salient_first"] = deletion_curve(*ranked, order="least_salient_first", **options)
+    if "random" in curves:
+        noise = counter_uniform(seed, 0, batch.sample_idx, tuple(batch.images.shape[2:]))
+        part["random"] = deletion_curve(score, batch.images, noise, *fixed, **options)
+    return part
+
+
+def _collect(parts: list[dict[str, Tensor]], convention: Convention, positions: int, seed: int) -> Faithfulness:
+    """Means and areas over the images whose attribution has no NaN."""
+    columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    keep = ~columns["is_nan"]
+    n = int(keep.sum())
+    if n == 0:
+        raise ValueError(f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images")
+    fractions = torch.tensor(removed_counts(convention.fractions, positions), dtype=torch.float64) / positions
+    span = float(fractions[-1] - fractions[0]) if convention.normalisation == "span" else 1.0
+    measured: dict[str, Curve | None] = dict.fromkeys(ALL_CURVES)
+    for name in ("deletion", *ALL_CURVES):
+        if name in columns:
+            values = 100 * columns[name][keep].double()
+            areas = area_under_curve(fractions, values) / span
+            measured[name] = Curve(values.mean(dim=0), areas, bootstrap_interval(areas, seed))
+    return Faithfulness(
+        convention=convention,
+        accuracy=100 * float(columns["is_correct"].double().mean()),
+        fractions=fractions,
+        n=n,
+        nan_skipped=len(keep) - n,
+        sample_idx=columns["sample_idx"][keep],
+        seed=seed,
+        **measured,  # type: ignore[arg-type]  # deletion is always measured
+    )

@@ -1,0 +1,161 @@
+"""Image classes I and II: images that masking hurts at once, and those that it helps first (the paper's Figure 1)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .attributions import LogitsModel, Method
+from .convention import Convention, resolve_convention
+from .evaluation_data import AttributionFunction, autocast, data_batches, rank_batch
+from .functional.perturbation import measure_outputs, perturbed_outputs
+from .functional.removal import Fill, removal_ranks, removed_counts
+from .model_state import model_device, untouched
+
+
+@dataclass(frozen=True, eq=False)
+class ImageClasses:
+    """How each image's prediction moves while its most salient positions are masked.
+
+    The paper tells the classes apart by eye; here an image is of class II where the probability of its target rises,
+    at some masked fraction, by more than `margin` above that of the unmasked image. Else it is of class I.
+
+    Attributes:
+        fractions: float64 (S+1,), the true masked fractions, from 0.
+        probability: float32 (n, S+1), probability of the target, in [0, 1].
+        is_correct: bool (n, S+1), whether the target has the highest output.
+        margin: the rise that counts, in [0, 1).
+        sample_idx: int64 (n,), rows of the images.
+        nan_skipped: images left out because their attribution holds a NaN.
+        convention: how it was measured.
+    """
+
+    fractions: Tensor
+    probability: Tensor
+    is_correct: Tensor
+    margin: float
+    sample_idx: Tensor
+    nan_skipped: int
+    convention: Convention
+
+    @property
+    def gain(self) -> Tensor:
+        """Highest probability under masking minus that of the unmasked image: (n,), in [-1, 1]."""
+        return self.probability[:, 1:].amax(dim=1) - self.probability[:, 0]
+
+    @property
+    def is_class_two(self) -> Tensor:
+        """Bool (n,): masking first helps."""
+        return self.gain > self.margin
+
+    @property
+    def share(self) -> float:
+        """Class II among the images, in percent (the paper: 16 for a CNN on the test images of CIFAR-10)."""
+        return 100 * float(self.is_class_two.double().mean())
+
+    @property
+    def peak(self) -> Tensor:
+        """Masked fraction at which the probability is highest, 0 where masking never helps: float64 (n,)."""
+        return self.fractions[self.probability.argmax(dim=1)]
+
+    @property
+    def share_of_early_peaks(self) -> float | None:
+        """Class II images whose peak lies before half of the positions are masked, in percent of class II.
+
+        `None` where there is no image of class II.
+        """
+        peaks = self.peak[self.is_class_two]
+        return 100 * float((peaks < 0.5).double().mean()) if len(peaks) else None
+
+    @property
+    def share_recovered(self) -> float:
+        """Images that are wrong unmasked and right at some masked fraction, in percent of all."""
+        return 100 * float((~self.is_correct[:, 0] & self.is_correct[:, 1:].any(dim=1)).double().mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `results.json`; the images' own curves are left out."""
+        by_class = {"class_one": ~self.is_class_two, "class_two": self.is_class_two}
+        return {
+            "convention": self.convention.to_dict(),
+            "n": len(self.probability),
+            "nan_skipped": self.nan_skipped,
+            "margin": self.margin,
+            "share": self.share,
+            "share_of_early_peaks": self.share_of_early_peaks,
+            "share_recovered": self.share_recovered,
+            "fractions": self.fractions.tolist(),
+            "mean_probability": {
+                name: self.probability[chosen].double().mean(dim=0).tolist() if bool(chosen.any()) else None
+                for name, chosen in by_class.items()
+            },
+        }
+
+
+def find_image_classes(
+    model: nn.Module,
+    dataset: Any,
+    attribution: Method | AttributionFunction | None = None,
+    steps: int | None = None,
+    fill: Fill | None = None,
+    *,
+    margin: float = 0.01,
+    convention: Convention | Literal["default", "paper"] = "default",
+    input_pipeline: Any = None,
+    batch_size: int = 256,
+    autocast_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> ImageClasses:
+    """Mask the highest gradients first and follow each image's probability and correctness.
+
+    Args:
+        model: as in `evaluate_faithfulness`, like every argument that is not listed here.
+        dataset: the images.
+        attribution: what ranks the positions.
+        steps: even steps between the convention's end points.
+        fill: what replaces a masked pixel.
+        margin: rise of the probability that makes an image class II, in [0, 1). The default, one percentage point,
+            keeps changes in the last digits of a certain prediction from counting.
+        convention: preset or `Convention`; its `measure` is not used, both curves are kept.
+        input_pipeline: normalises, and resizes after the mask.
+        batch_size: images per forward pass.
+        autocast_dtype: `None` runs in the model's own precision.
+        seed: of the random ranking, the uniform fill and the noise of attributions.
+
+    Returns:
+        Every image's curves, and the share of class II.
+
+    Raises:
+        ValueError: as `evaluate_faithfulness`; a margin outside [0, 1); fractions that do not start at 0.
+    """
+    own = attribution if callable(attribution) else None
+    convention = resolve_convention(convention, attribution, steps, fill)
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin must lie in [0, 1), got {margin}")
+    if convention.fractions[0] != 0:
+        raise ValueError(f"fractions must start at 0, the unmasked image, got {convention.fractions}")
+    scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
+    probability, is_correct, sample_idx, is_nan = [], [], [], []
+    with untouched(model), autocast(model_device(model), autocast_dtype):
+        for batch in data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size):
+            ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
+            counts = removed_counts(convention.fractions, batch.images[0, 0].numel())
+            ranks, known = removal_ranks(ranked.attribution), {0: ranked.outputs}
+            outputs = perturbed_outputs(scorer, batch.images, ranked.fill, ranks, counts, batch_size, known)
+            probability.append(measure_outputs(outputs, ranked.target, "probability"))
+            is_correct.append(measure_outputs(outputs, ranked.target, "accuracy").bool())
+            sample_idx.append(batch.sample_idx)
+            is_nan.append(ranked.attribution.isnan().flatten(1).any(dim=1))
+            positions = batch.images[0, 0].numel()
+    keep = ~torch.cat(is_nan).cpu()
+    if not bool(keep.any()):
+        raise ValueError(f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images")
+    return ImageClasses(
+        fractions=torch.tensor(counts, dtype=torch.float64) / positions,
+        probability=torch.cat(probability).cpu()[keep],
+        is_correct=torch.cat(is_correct).cpu()[keep],
+        margin=margin,
+        sample_idx=torch.cat(sample_idx).cpu()[keep],
+        nan_skipped=int((~keep).sum()),
+        convention=convention,
+    )

@@ -1,0 +1,59 @@
+"""Insertion AUC: the area under a classifier's curve while the most salient pixels are put back."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+_DESCRIPTION = """\
+Insertion AUC measures the faithfulness of a saliency map. Starting from an image without content, the most salient
+pixels are put back step by step, and the classifier's accuracy (or the probability of one class) is followed: a map
+that points at what the classifier uses makes the curve rise early. The metric is the area under that curve by the
+trapezoid rule. Higher is better.
+"""
+
+_CITATION = """\
+@inproceedings{petsiuk2018rise,
+  title = {{RISE}: Randomized Input Sampling for Explanation of Black-box Models},
+  author = {Petsiuk, Vitali and Das, Abir and Saenko, Kate},
+  booktitle = {British Machine Vision Conference},
+  year = {2018}
+}
+"""
+
+_KWARGS_DESCRIPTION = """\
+Args:
+    predictions: one curve per image, each a list of S+1 values: correctness (0 or 1), or a probability.
+    fractions: the S+1 true fractions of restored positions, rising.
+Returns:
+    insertion_auc: mean area over the images, in the unit of the values; not divided by the span of the fractions.
+Examples:
+    >>> metric = evaluate.load("insertion_auc")
+    >>> metric.compute(predictions=[[0.0, 0.5, 1.0], [0.0, 1.0, 1.0]], fractions=[0.0, 0.5, 1.0])
+    {'insertion_auc': 0.625}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class InsertionAUC(evaluate.Metric):
+    """Mean area under insertion curves; higher is better."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
+        )
+
+    def _compute(self, predictions: Any, fractions: Any) -> dict[str, float]:
+        fractions = np.asarray(fractions, dtype=np.float64)
+        if fractions.ndim != 1 or len(fractions) < 2 or not np.all(np.diff(fractions) > 0):
+            raise ValueError(f"fractions must be at least 2 rising numbers, got {fractions.tolist()}")
+        lengths = {len(curve) for curve in predictions}
+        if lengths != {len(fractions)}:
+            raise ValueError(f"every curve must have {len(fractions)} values, one per fraction, got {sorted(lengths)}")
+        values = np.asarray(predictions, dtype=np.float64)
+        areas = ((values[:, 1:] + values[:, :-1]) / 2) @ np.diff(fractions)
+        return {"insertion_auc": float(areas.mean())}

@@ -1,0 +1,282 @@
+"""results.json: numbers with everything that they depend on, and the tables made from them.
+
+Schema, version 1:
+
+    schema_version  1
+    task            what was run, one word
+    settings        object: the arguments of the run
+    environment     object of strings, `commit` may be null: python, torch, transformers, smoot_hf, device, commit
+    rows            list, one per line of the table:
+      name          text, unique with `convention`
+      convention    object as of `Convention.to_dict`, or null where nothing in the row depends on one
+      metrics       object by name:
+        unit        text, for example "percent"
+        values      object: the seed, as text -> number
+        mean        number
+        std         number, the sample standard deviation over the seeds; null for fewer than two
+        n           integer, how many seeds
+      details       object of anything else: curves, intervals, K
+"""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .evaluation import Faithfulness
+
+SCHEMA_VERSION = 1
+
+_TOP = {"schema_version": int, "task": str, "settings": dict, "environment": dict, "rows": list}
+_ROW = {"name": str, "convention": dict | None, "metrics": dict, "details": dict}
+_METRIC = {"unit": str, "values": dict, "mean": int | float, "std": int | float | None, "n": int}
+_ENVIRONMENT = ("python", "torch", "transformers", "smoot_hf", "device", "commit")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One quantity, measured once per seed.
+
+    Attributes:
+        values: seed -> value, at least one.
+        unit: of the values.
+
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
+
+    values: Mapping[int, float]
+    unit: str = "percent"
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("values must hold at least one seed, got none")
+        if not all(math.isfinite(value) for value in self.values.values()):
+            raise ValueError(f"values must be finite, got {dict(self.values)}")
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds; `None` for a single one, which says nothing about the spread."""
+        return statistics.stdev(self.values.values()) if self.n > 1 else None
+
+    def format(self, digits: int = 2) -> str:
+        """Mean, spread and number of seeds: "98.12 ± 0.05 (n=3)", or "98.12 (n=1)"."""
+        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread} (n={self.n})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the schema."""
+        values = {str(seed): float(value) for seed, value in self.values.items()}
+        return {"unit": self.unit, "values": values, "mean": self.mean, "std": self.std, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a method, with what was measured of it under one convention."""
+
+    name: str
+    metrics: Mapping[str, Measurement]
+    convention: Mapping[str, Any] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the schema."""
+        metrics = {name: measurement.to_dict() for name, measurement in self.metrics.items()}
+        convention = None if self.convention is None else dict(self.convention)
+        return {"name": self.name, "convention": convention, "metrics": metrics, "details": dict(self.details)}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a recipe found: the content of results.json."""
+
+    task: str
+    settings: Mapping[str, Any]
+    environment: Mapping[str, str | None]
+    rows: Sequence[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the schema."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "task": self.task,
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write results.json.
+
+        Raises:
+            ValueError: the content does not keep to the schema or JSON, by the place that does not.
+        """
+        content = self.to_dict()
+        validate(content)
+        Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    def markdown_table(self, columns: Mapping[str, str], digits: int = 2) -> str:
+        """A Markdown table, one line per row, and below it the conventions, numbered; "–" where a row lacks the metric.
+
+        Args:
+            columns: name of the metric -> heading, in the order of the table.
+            digits: decimals.
+        """
+        notes: list[str] = []
+        lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+        for row in self.rows:
+            note = None if row.convention is None else str(row.convention.get("description", dict(row.convention)))
+            if note is not None and note not in notes:
+                notes.append(note)
+            mark = "" if note is None else f" [{notes.index(note) + 1}]"
+            cells = [row.metrics[name].format(digits) if name in row.metrics else "–" for name in columns]
+            lines.append(f"| {row.name}{mark} | " + " | ".join(cells) + " |")
+        # A blank line ends the table; two spaces end a line.
+        lines += ["", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))] if notes else []
+        return "\n".join(lines) + "\n"
+
+
+def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
+    """One line from one method's measurements, one per seed, all by the same convention.
+
+    The metrics are `accuracy`, `deletion_auc` and, where measured, `insertion_auc`, `gap` and `random_auc`; the curves
+    and their intervals over the images stand in the details, by seed.
+
+    Raises:
+        ValueError: no measurement, or more than one convention.
+    """
+    conventions = {measured.convention for measured in by_seed.values()}
+    if len(conventions) != 1:
+        raise ValueError(f"row {name!r} must have one convention, got {len(conventions)}")
+    metrics = {}
+    for metric in ("accuracy", "deletion_auc", "insertion_auc", "gap", "random_auc"):
+        values = {seed: getattr(measured, metric) for seed, measured in by_seed.items()}
+        if None not in values.values():
+            metrics[metric] = Measurement(values)
+    details = {str(seed): measured.to_dict() for seed, measured in by_seed.items()}
+    for detail in details.values():
+        del detail["convention"]
+    return Row(name, metrics, conventions.pop().to_dict(), {"by_seed": details})
+
+
+def load_results(path: str | Path) -> Results:
+    """Read results.json.
+
+    Raises:
+        ValueError: no JSON, another version, or a place that does not keep to the schema, by its name.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    validate(content)
+    rows = [
+        Row(
+            row["name"],
+            {name: _measurement(m) for name, m in row["metrics"].items()},
+            row["convention"],
+            row["details"],
+        )
+        for row in content["rows"]
+    ]
+    return Results(content["task"], content["settings"], content["environment"], rows)
+
+
+def _measurement(metric: Mapping[str, Any]) -> Measurement:
+    return Measurement({int(seed): value for seed, value in metric["values"].items()}, metric["unit"])
+
+
+def validate(content: Any) -> None:
+    """Check the content of results.json against the schema.
+
+    Raises:
+        ValueError: the first place that does not keep to it.
+    """
+    if isinstance(content, dict) and content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise ValueError(
+            f"results.json has schema_version {content['schema_version']}; this package reads {SCHEMA_VERSION}"
+        )
+    _check_fields(content, _TOP, "results.json")
+    for name in _ENVIRONMENT:
+        value = content["environment"].get(name, ...)
+        if not (isinstance(value, str) or (name == "commit" and value is None)):
+            raise ValueError(f"environment must name {name!r} as text, got {None if value is ... else value!r}")
+    for i, row in enumerate(content["rows"]):
+        _check_fields(row, _ROW, f"rows[{i}]")
+        for name, metric in row["metrics"].items():
+            _check_metric(metric, f"rows[{i}].metrics[{name!r}]")
+    keys = [(row["name"], json.dumps(row["convention"], sort_keys=True)) for row in content["rows"]]
+    twice = [name for name, convention in keys if keys.count((name, convention)) > 1]
+    if twice:
+        raise ValueError(f"rows must be unique by name and convention, got {twice[0]!r} twice")
+
+
+def _check_fields(content: Any, fields: Mapping[str, Any], place: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} must be an object, got {type(content).__name__}")
+    for name, kind in fields.items():
+        if name not in content:
+            raise ValueError(f"{place} must have {name!r}, got {sorted(content)}")
+        value = content[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{place}.{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _check_metric(metric: Any, place: str) -> None:
+    _check_fields(metric, _METRIC, place)
+    for seed, value in metric["values"].items():
+        if not seed.lstrip("-").isdigit() or isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{place}.values must map seeds to numbers, got {seed!r}: {value!r}")
+    expected = _measurement(metric).to_dict()
+    for name in ("mean", "std", "n"):
+        given, true = metric[name], expected[name]
+        if (given is None) != (true is None) or (given is not None and not math.isclose(given, true, rel_tol=1e-9)):
+            raise ValueError(f"{place}.{name} must be {true}, which the values give, got {given}")
+
+
+def describe_environment(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Versions, the device that was computed on, and the commit of the package ("+changes" where files differ from it).
+
+    `commit` is `None` where the package does not run from a git checkout.
+    """
+    from . import __version__  # the package imports its modules before it has one
+
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "smoot_hf": __version__,
+        "device": f"{device.type}: {name}",
+        "commit": _commit(Path(__file__)),
+    }
+
+
+def _commit(source: Path) -> str | None:
+    git = ["git", "-C", str(source.parent)]
+    # Installed below some other project's checkout, the file is not one of that project's.
+    commands = ["ls-files", "--error-unmatch", source.name], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]
+    try:
+        runs = [subprocess.run([*git, *c], capture_output=True, text=True, check=True) for c in commands]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return runs[1].stdout.strip() + ("+changes" if runs[2].stdout.strip() else "")

@@ -1,0 +1,433 @@
+"""Faithfulness over a data set: by hand, against a slow loop, without a trace, one clear error for bad input."""
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from smoot_hf import functional as SF
+from smoot_hf.bootstrap import bootstrap_interval
+from smoot_hf.comparison import compare_faithfulness
+from smoot_hf.convention import DEFAULT, PAPER, Convention, resolve_convention
+from smoot_hf.evaluation import evaluate_faithfulness
+from smoot_hf.functional.removal import even_fractions, removal_fill
+from smoot_hf.input_pipeline import InputPipeline
+
+CLASSES = 4
+
+
+class PixelSum(nn.Module):
+    """Two classes: the sum of all pixels, and a constant."""
+
+    def __init__(self, threshold=0.0):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, images):
+        total = images.sum(dim=(1, 2, 3))
+        return torch.stack([total, torch.full_like(total, self.threshold)], dim=1)
+
+
+def pixel_values(model, images, target):
+    """An attribution that is the image itself."""
+    return images.mean(dim=1)
+
+
+def small_model(dropout=0.5):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(96, CLASSES)
+    )
+
+
+def rows(n=10, channels=2, side=6, classes=CLASSES, seed=0):
+    images = torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(seed))
+    return [{"pixel_values": images[i], "labels": i % classes} for i in range(n)]
+
+
+class Batched:
+    """A data set whose `__getitems__` gives one dict of tensors."""
+
+    def __init__(self, pixel_values, labels):
+        self.pixel_values, self.labels = pixel_values, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, indices):
+        return {"pixel_values": self.pixel_values[indices], "label": self.labels[indices]}
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_pixel_sum_by_hand():
+    """Catches any error of order, end point, area, scale or mean: every number is worked out on paper.
+
+    The first image holds 1, 2, 3, 4, the second 4, 3, 2, 1 in one position each; removed by zero, a sum of at least 5
+    is class 0. Deletion leaves 10, 6, 3, 1, 0; insertion 0, 4, 7, 9, 10; least salient first 10, 9, 7, 4, 0. The first
+    image is of class 0, the second of class 1.
+    """
+    images = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[4.0, 3.0], [2.0, 1.0]]]])
+    data = [{"pixel_values": images[0], "labels": 0}, {"pixel_values": images[1], "labels": 1}]
+    found = evaluate_faithfulness(PixelSum(5.0), data, pixel_values, steps=4, fill="zero")
+    assert found.accuracy == 50
+    assert found.fractions.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    # Right: (1, 1, 0, 0, 0) for the first and (0, 0, 1, 1, 1) for the second.
+    assert found.deletion_curve.tolist() == [50] * 5
+    assert found.deletion.sample_auc.tolist() == [37.5, 62.5]
+    assert found.insertion.sample_auc.tolist() == [62.5, 37.5]
+    assert found.least_salient_first.sample_auc.tolist() == [62.5, 37.5]
+    assert (found.deletion_auc, found.insertion_auc, found.gap) == (50, 50, 0)
+    first = evaluate_faithfulness(PixelSum(5.0), data[:1], pixel_values, steps=4, fill="zero")
+    assert first.deletion_curve.tolist() == [100, 100, 0, 0, 0]
+    assert first.insertion_curve.tolist() == [0, 0, 100, 100, 100]
+    assert (first.deletion_auc, first.insertion_auc, first.gap) == (37.5, 62.5, 25)
+    assert first.deletion.interval is None
+
+
+def test_pixel_sum_probability_and_normalisation_by_hand():
+    """Catches a probability of another class, and an area that is divided (or not) by the span of its fractions."""
+    data = [{"pixel_values": torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), "labels": 0}]
+    convention = Convention(measure="probability", fill="zero", fractions=(0.0, 0.25, 0.5))
+    found = evaluate_faithfulness(PixelSum(), data, pixel_values, convention=convention)
+    p = [100 / (1 + math.exp(-total)) for total in (10, 6, 3)]
+    assert found.deletion_curve.tolist() == pytest.approx(p, abs=1e-5)
+    area = 0.25 * (p[0] / 2 + p[1] + p[2] / 2)
+    assert found.deletion_auc == pytest.approx(area, abs=1e-5)
+    spanned = dataclasses.replace(convention, normalisation="span")
+    assert evaluate_faithfulness(PixelSum(), data, pixel_values, convention=spanned).deletion_auc == pytest.approx(
+        area / 0.5, abs=1e-5
+    )
+
+
+def test_predicted_target_follows_the_prediction():
+    """Catches `target="predicted"` measured against the label: the unmasked images are then right by definition."""
+    data = rows()
+    model = small_model()
+    by_label = evaluate_faithfulness(model, data, steps=3)
+    by_prediction = evaluate_faithfulness(model, data, steps=3, convention=Convention(target="predicted"))
+    assert by_prediction.deletion_curve[0] == 100
+    assert by_prediction.accuracy == by_label.accuracy == by_label.deletion_curve[0]
+
+
+# --- against a slow loop, over models, data sets, chunks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["corner", "mean", "zero", "uniform", "blur"])
+def test_curves_equal_a_loop_over_samples_and_steps(fill):
+    """Catches samples, targets, fills and attributions that go out of step between batches."""
+    data, model = rows(7), small_model().eval()
+    found = evaluate_faithfulness(
+        model, data, steps=5, fill=fill, convention=Convention(measure="probability", score="log_prob"), batch_size=3
+    )
+    for b, row in enumerate(data):
+        image, label = row["pixel_values"][None].clone().requires_grad_(True), row["labels"]
+        (gradient,) = torch.autograd.grad(model(image).log_softmax(1)[0, label], image)
+        order = gradient.abs().mean(1).flatten().argsort(descending=True, stable=True)
+        noise = SF.counter_uniform(0, 1, torch.tensor([b]), (2, 6, 6))
+        replaced = removal_fill(image.detach(), fill, noise).expand(1, 2, 6, 6).flatten(2)
+        values = []
+        for step in range(6):
+            count = step * 36 // 5
+            masked = image.detach().flatten(2).clone()
+            masked[:, :, order[:count]] = replaced[:, :, order[:count]]
+            with torch.no_grad():
+                values.append(100 * float(model(masked.reshape(1, 2, 6, 6)).softmax(1)[0, label]))
+        counts = [step * 36 // 5 / 36 for step in range(6)]
+        area = sum((counts[i] - counts[i - 1]) * (values[i] + values[i - 1]) / 2 for i in range(1, 6))
+        assert float(found.deletion.sample_auc[b]) == pytest.approx(area, abs=1e-3)
+
+
+def test_chunked_equals_unchunked():
+    """Catches a remainder that is dropped and noise that depends on the batch."""
+    data, model = rows(11), small_model()
+    whole = evaluate_faithfulness(model, data, fill="uniform", convention=Convention(measure="probability"))
+    cut = evaluate_faithfulness(model, data, fill="uniform", convention=Convention(measure="probability"), batch_size=4)
+    for name in ("deletion", "insertion", "least_salient_first", "random"):
+        torch.testing.assert_close(getattr(cut, name).values, getattr(whole, name).values, rtol=1e-5, atol=1e-4)
+
+
+def test_every_kind_of_data_set_gives_the_same():
+    """Catches a data set that is read differently: list, batched tensors, an HF data set with a format."""
+    data, model = rows(), small_model()
+    images, labels = torch.stack([row["pixel_values"] for row in data]), torch.tensor([row["labels"] for row in data])
+    hf = Dataset.from_dict({"pixel_values": images.tolist(), "labels": labels.tolist()}).with_format("numpy")
+    expected = evaluate_faithfulness(model, data, steps=3)
+    for other in (Batched(images, labels), hf, torch.utils.data.Subset(data, list(range(10)))):
+        assert torch.equal(evaluate_faithfulness(model, other, steps=3).deletion_curve, expected.deletion_curve)
+
+
+def test_vit_behind_an_input_pipeline_masks_native_pixels():
+    """Catches a mask at the model's resolution: fractions are of the 36 native positions, not of the 64 resized."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=CLASSES,
+    )
+    images = torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pipeline = InputPipeline(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), size=(8, 8))
+    data = Batched(images, torch.arange(5) % CLASSES)
+    found = evaluate_faithfulness(ViTForImageClassification(config), data, input_pipeline=pipeline)
+    assert found.fractions.tolist() == [step * 36 // 10 / 36 for step in range(11)]
+    with pytest.raises(ValueError, match=r"pixel_values are torch\.uint8"):
+        evaluate_faithfulness(ViTForImageClassification(config), data)
+
+
+def test_forward_passes_are_the_floor():
+    """Catches work done twice: attribution, clean, fill, and the points in between, once each."""
+    seen = []
+
+    class Counting(PixelSum):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    data = [{"pixel_values": torch.randn(1, 4, 4), "labels": 0} for _ in range(6)]
+    evaluate_faithfulness(Counting(), data, pixel_values, steps=4, curves=())
+    assert sum(seen) == 6 * 5
+    seen.clear()
+    evaluate_faithfulness(Counting(), data, pixel_values, steps=4)
+    assert sum(seen) == 6 * (2 + 4 * 3)
+
+
+# --- conventions -----------------------------------------------------------------------------------------------------
+
+
+def test_paper_preset():
+    """Catches a preset that drifts from the design: 0 to 90 % by 10, magnitude of the log-prob's gradient, corner."""
+    assert Convention() == DEFAULT
+    assert PAPER.fractions == pytest.approx([0.1 * i for i in range(10)])
+    assert (PAPER.score, PAPER.signed, PAPER.fill, PAPER.target) == ("log_prob", False, "corner", "label")
+    assert (PAPER.measure, PAPER.normalisation) == ("accuracy", "span")
+    found = evaluate_faithfulness(small_model(), rows(), convention="paper", curves=())
+    assert found.convention == PAPER
+    assert len(found.deletion_curve) == 10
+    assert found.insertion is None
+
+
+def test_convention_says_what_was_measured():
+    """Catches a number whose convention is not the one it was measured by."""
+    found = evaluate_faithfulness(small_model(), rows(), "random", 5, "mean", convention="paper")
+    assert found.convention.attribution == "random"
+    assert found.convention.fill == "mean"
+    assert found.convention.fractions == even_fractions(5, 0.9)
+    stated = found.to_dict()["convention"]
+    assert stated["order"] == "most_salient_first"
+    assert stated["end_points"] == [0, 0.9]
+    assert "mean fill, 0 to 90 % in 5 steps" in stated["description"]
+    own = evaluate_faithfulness(small_model(), rows(), lambda model, images, target: images.mean(1), steps=2)
+    assert (own.convention.score, own.convention.signed) == (None, None)
+
+
+def test_random_control_equals_a_random_attribution():
+    """Catches a control that is not a function of seed and sample, or shares nothing with the random attribution."""
+    data, model = rows(), small_model()
+    control = evaluate_faithfulness(model, data, seed=4).random
+    ranked = evaluate_faithfulness(model, data, "random", seed=4).deletion
+    assert torch.equal(control.values, ranked.values)
+    assert torch.equal(control.sample_auc, ranked.sample_auc)
+
+
+# --- no trace --------------------------------------------------------------------------------------------------------
+
+
+class Failing(nn.Module):
+    def forward(self, model, images, target):
+        raise RuntimeError("broken attribution")
+
+
+def backward_attribution(model, images, target):
+    """As an attribution of a user's might: it draws noise and lets gradients pile up on the parameters."""
+    leaf = (images + 1e-3 * torch.randn_like(images)).requires_grad_(True)
+    with torch.enable_grad():
+        model(leaf).gather(1, target[:, None]).sum().backward()
+    random.random(), np.random.rand()  # noqa: NPY002
+    return leaf.grad.abs().mean(1)
+
+
+@pytest.mark.parametrize("attribution", ["gradient", "smooth_grad", "gradient_shap", backward_attribution, Failing()])
+def test_nothing_is_left_behind(attribution):
+    """Catches eval mode left on, a frozen BatchNorm set to train, lost or added gradients, moved random states."""
+    model, data = small_model(), rows()
+    model.train()
+    model[1].eval()
+    model(torch.randn(4, 2, 6, 6)).sum().backward()
+    flags = [module.training for module in model.modules()]
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    buffers = {name: value.clone() for name, value in model.state_dict().items()}
+    storage = [(parameter.data_ptr(), parameter.stride()) for parameter in model.parameters()]
+    images = [row["pixel_values"].clone() for row in data]
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    if isinstance(attribution, Failing):
+        with pytest.raises(RuntimeError, match="broken attribution"):
+            evaluate_faithfulness(model, data, attribution)
+    else:
+        evaluate_faithfulness(model, data, attribution, steps=2)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(value, buffers[name]) for name, value in model.state_dict().items())
+    assert [(parameter.data_ptr(), parameter.stride()) for parameter in model.parameters()] == storage
+    assert all(torch.equal(row["pixel_values"], image) for row, image in zip(data, images, strict=True))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert random.getstate() == states[2]
+
+
+def test_dropout_is_off():
+    """Catches a model judged in train mode: two runs would differ."""
+    model, data = small_model(dropout=0.9).train(), rows()
+    convention = Convention(measure="probability")
+    runs = [evaluate_faithfulness(model, data, convention=convention).deletion_auc for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_is_the_models(dtype):
+    """Catches float32 images in front of a model of another type, and values measured in half precision."""
+    model = small_model().to(dtype)
+    found = evaluate_faithfulness(model, rows(), convention=Convention(measure="probability"))
+    assert found.deletion_curve.dtype == torch.float64
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_autocast_reaches_the_model():
+    """Catches an `autocast_dtype` that is ignored."""
+    seen = []
+
+    class Watching(nn.Sequential):
+        def forward(self, images):
+            logits = super().forward(images)
+            seen.append(logits.dtype)
+            return logits
+
+    model = Watching(*small_model())
+    found = evaluate_faithfulness(model, rows(), autocast_dtype=torch.bfloat16)
+    assert set(seen) == {torch.bfloat16}
+    assert bool(found.deletion_curve.isfinite().all())
+
+
+# --- NaN and bad input -----------------------------------------------------------------------------------------------
+
+
+def nan_in(broken):
+    def attribution(model, images, target):
+        values = images.mean(1)
+        values[[i for i in range(len(images)) if i in broken], 0, 0] = math.nan
+        return values
+
+    return attribution
+
+
+def test_nan_attributions_are_counted_and_left_out():
+    """Catches a NaN map that is averaged in, or shifts the rows of the others."""
+    data, model = rows(6), small_model()
+    found = evaluate_faithfulness(model, data, nan_in({1, 4}))
+    assert (found.n, found.nan_skipped) == (4, 2)
+    assert found.sample_idx.tolist() == [0, 2, 3, 5]
+    without = evaluate_faithfulness(model, [data[i] for i in (0, 2, 3, 5)], nan_in(set()))
+    assert torch.equal(found.deletion.sample_auc, without.deletion.sample_auc)
+    with pytest.raises(ValueError, match="holds NaN in every one of the 6 images"):
+        evaluate_faithfulness(model, data, nan_in(set(range(6))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": []}, "dataset must hold at least one image"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"fill": "black"}, "fill must be one of"),
+        ({"attribution": "saliency"}, "method must be one of"),
+        ({"attribution": lambda m, i, t: i}, r"attribution must have shape \(10, 6, 6\)"),
+        ({"convention": "RISE"}, "convention must be 'default', 'paper'"),
+        ({"curves": ("deletion",)}, "curves must be among"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(72, 1))}, "at least 2 classes"),
+        (
+            {"dataset": [{"pixel_values": torch.zeros(2, 6, 6), "labels": 4}]},
+            "labels must be classes of the model, 0 to 3",
+        ),
+        ({"dataset": [{"pixel_values": torch.zeros(2, 6, 6), "labels": -1}]}, "labels must be classes of the model"),
+        ({"dataset": [{"pixel_values": torch.zeros(2, 6, 6)}]}, r"got \['pixel_values'\]"),
+        ({"dataset": [{"image": 0, "label": 0}]}, "dataset rows must hold 'pixel_values'"),
+        ({"dataset": [{"pixel_values": torch.zeros(6, 6), "labels": 0}]}, r"pixel_values \(C, H, W\)"),
+        ({"dataset": rows(1) + rows(1, side=5)}, "pixel_values must have one shape"),
+        ({"dataset": rows(1) + rows(1, side=5), "batch_size": 1}, "images must have one shape"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, message):
+    """Catches a wrong number, or an error from deep inside, where an argument is at fault."""
+    with pytest.raises(ValueError, match=message):
+        evaluate_faithfulness(**{"model": small_model(), "dataset": rows(), **arguments})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"target": "true"}, {"measure": "output"}, {"normalisation": "yes"}, {"score": "p"}, {"fractions": (0.5, 0.1)}],
+)
+def test_bad_conventions(field):
+    """Catches a convention that no measurement can follow."""
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Convention(**field)
+
+
+def test_convention_is_resolved_once():
+    """Catches a shortcut that loses the rest of the convention it changes."""
+    resolved = resolve_convention(PAPER, steps=3, fill="blur")
+    assert resolved == dataclasses.replace(PAPER, fractions=even_fractions(3, 0.9), fill="blur")
+
+
+# --- bootstrap and comparison ----------------------------------------------------------------------------------------
+
+
+def test_bootstrap_interval_has_the_width_of_the_normal_one():
+    """Catches an interval of the values instead of their mean, and one that depends on the global generator."""
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    low, high = bootstrap_interval(values)
+    half = 1.96 * float(values.std()) / math.sqrt(2000)
+    # A quantile of 1,000 resamples is known to about 5 % of the half width.
+    assert low == pytest.approx(float(values.mean()) - half, abs=0.15 * half)
+    assert high == pytest.approx(float(values.mean()) + half, abs=0.15 * half)
+    torch.manual_seed(5)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval(values[:1]) is None
+
+
+def test_comparison_is_paired_by_row():
+    """Catches pairing by position where one of the two has skipped an image, and the sign turned round."""
+    data, a, b = rows(8), small_model(), small_model()
+    nn.init.normal_(b[5].weight, generator=torch.Generator().manual_seed(9))
+    convention = Convention(measure="probability")
+    first = evaluate_faithfulness(a, data, nan_in({0, 3}), convention=convention)
+    second = evaluate_faithfulness(b, data, nan_in({5}), convention=convention)
+    found = compare_faithfulness(first, second)
+    areas = [dict(zip(m.sample_idx.tolist(), m.deletion.sample_auc.tolist(), strict=True)) for m in (first, second)]
+    differences = [areas[0][row] - areas[1][row] for row in (1, 2, 4, 6, 7)]
+    assert found.n == 5
+    assert found.difference == pytest.approx(sum(differences) / 5)
+    assert found.interval[0] <= found.difference <= found.interval[1]
+    assert found.lower == pytest.approx(20 * sum(d < 0 for d in differences))
+    assert found.higher == pytest.approx(20 * sum(d > 0 for d in differences))
+
+
+def test_what_cannot_be_compared_is_refused():
+    """Catches two conventions set side by side, a curve that was not measured, and different images."""
+    data, model = rows(4), small_model()
+    base = evaluate_faithfulness(model, data, steps=2, curves=())
+    with pytest.raises(ValueError, match="one convention"):
+        compare_faithfulness(base, evaluate_faithfulness(model, data, steps=2, fill="mean", curves=()))
+    with pytest.raises(ValueError, match="a holds no curve 'insertion'"):
+        compare_faithfulness(base, base, "insertion")
+    with pytest.raises(ValueError, match="no image in common"):
+        compare_faithfulness(base, dataclasses.replace(base, sample_idx=base.sample_idx + 100))

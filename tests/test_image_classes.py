@@ -1,0 +1,95 @@
+"""Image classes I and II: by hand, on a classifier whose probability is a sum of pixels."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from smoot_hf.image_classes import find_image_classes
+
+
+class PixelSum(nn.Module):
+    """Two classes: the sum of all pixels, and zero."""
+
+    def forward(self, images):
+        total = images.sum(dim=(1, 2, 3))
+        return torch.stack([total, torch.zeros_like(total)], dim=1)
+
+
+def magnitude(model, images, target):
+    return images.abs().mean(dim=1)
+
+
+def rows(*images):
+    return [{"pixel_values": torch.tensor(image).reshape(1, 2, 2), "labels": 0} for image in images]
+
+
+# By falling magnitude, zero fill. First: 2, 1, .5, .25 -> sums 3.75, 1.75, .75, .25, 0: class I.
+# Second: -3, 2, 1, .5 -> sums .5, 3.5, 1.5, .5, 0: class II, peak at 1/4.
+# Third: -4, -3, -2, 1 -> sums -8, -4, -1, 1, 0: class II, peak at 3/4, wrong at first and right there.
+DATA = rows([2.0, 1.0, 0.5, 0.25], [-3.0, 2.0, 1.0, 0.5], [-4.0, -3.0, -2.0, 1.0])
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_classes_share_and_peaks_by_hand():
+    """Catches the wrong order of masking, another label's probability, and a peak read off the wrong point."""
+    found = find_image_classes(PixelSum(), DATA, magnitude, steps=4, fill="zero", batch_size=2)
+    assert found.is_class_two.tolist() == [False, True, True]
+    assert found.share == pytest.approx(200 / 3)
+    assert found.peak.tolist() == [0, 0.25, 0.75]
+    assert found.share_of_early_peaks == 50
+    assert found.share_recovered == pytest.approx(100 / 3)
+    expected = [[3.75, 1.75, 0.75, 0.25, 0], [0.5, 3.5, 1.5, 0.5, 0], [-8, -4, -1, 1, 0]]
+    expected = torch.tensor([[sigmoid(total) for total in totals] for totals in expected])
+    torch.testing.assert_close(found.probability, expected)
+    # On a tie, at the sum 0, the first class counts.
+    assert found.is_correct.tolist() == [[True] * 5, [True] * 5, [False, False, False, True, True]]
+    stated = found.to_dict()
+    assert stated["mean_probability"]["class_one"] == pytest.approx(expected[0].tolist())
+    assert stated["n"] == 3
+
+
+def test_margin_keeps_small_rises_out():
+    """Catches a margin that is ignored, or compared with the wrong side."""
+    gain = sigmoid(3.5) - sigmoid(0.5)
+    for margin, two in ((gain - 1e-3, [False, True, True]), (gain + 1e-3, [False, False, True])):
+        found = find_image_classes(PixelSum(), DATA, magnitude, steps=4, fill="zero", margin=margin)
+        assert found.is_class_two.tolist() == two
+    alone = find_image_classes(PixelSum(), DATA[:1], magnitude, steps=4, fill="zero")
+    assert alone.share == 0
+    assert alone.share_of_early_peaks is None
+    assert alone.to_dict()["mean_probability"]["class_two"] is None
+
+
+def test_nan_and_bad_arguments():
+    """Catches NaN maps that get a class, a margin outside its range, and a curve that does not start unmasked."""
+
+    def broken(model, images, target):
+        values = magnitude(model, images, target)
+        values[1] = math.nan
+        return values
+
+    found = find_image_classes(PixelSum(), DATA, broken, steps=4, fill="zero")
+    assert found.nan_skipped == 1
+    assert found.sample_idx.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="NaN in every one"):
+        find_image_classes(PixelSum(), DATA, lambda model, images, target: images[:, 0] * math.nan)
+    with pytest.raises(ValueError, match="margin must lie in"):
+        find_image_classes(PixelSum(), DATA, margin=1.0)
+    with pytest.raises(ValueError, match="dataset must hold"):
+        find_image_classes(PixelSum(), [])
+    from smoot_hf.convention import Convention
+
+    with pytest.raises(ValueError, match="fractions must start at 0"):
+        find_image_classes(PixelSum(), DATA, convention=Convention(fractions=(0.1, 0.5)))
+
+
+def test_model_is_left_as_found():
+    """Catches eval mode left on."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(4, 2)).train()
+    find_image_classes(model, DATA)
+    assert all(module.training for module in model.modules())

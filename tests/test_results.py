@@ -1,0 +1,192 @@
+"""results.json: written and read back, refused where it does not keep to its schema; the metrics load offline."""
+
+import copy
+import importlib.resources
+import json
+import math
+import shutil
+import statistics
+import sys
+
+import evaluate
+import pytest
+import torch
+from torch import nn
+
+from smoot_hf.convention import Convention
+from smoot_hf.evaluation import evaluate_faithfulness
+from smoot_hf.functional.perturbation import area_under_curve
+from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row, load_results
+
+
+def faithfulness(seed, **convention):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    data = [{"pixel_values": torch.randn(1, 4, 4), "labels": i % 3} for i in range(6)]
+    return evaluate_faithfulness(model, data, steps=4, convention=Convention(**convention), seed=seed)
+
+
+def results():
+    rows = [
+        Row("standard", {"accuracy": Measurement({0: 98.0, 1: 99.0, 2: 98.5})}),
+        faithfulness_row("smoot", {0: faithfulness(0)}),
+        faithfulness_row("smoot", {seed: faithfulness(seed, fill="mean") for seed in range(2)}),
+    ]
+    return Results("compare_methods", {"epochs": 3, "seeds": [0, 1, 2]}, describe_environment(), rows)
+
+
+def test_saved_is_loaded(tmp_path):
+    """Catches a field that is lost or changes its type on the way through the file."""
+    written = results()
+    path = tmp_path / "results.json"
+    written.save(path)
+    assert load_results(path).to_dict() == written.to_dict() == json.loads(path.read_text())
+
+
+def test_statistics_are_the_samples():
+    """Catches the population's standard deviation, and a spread claimed from one run."""
+    many = Measurement({0: 1.0, 1: 2.0, 2: 4.0})
+    assert many.to_dict() == {
+        "unit": "percent",
+        "values": {"0": 1.0, "1": 2.0, "2": 4.0},
+        "mean": pytest.approx(7 / 3),
+        "std": pytest.approx(math.sqrt(7 / 3)),
+        "n": 3,
+    }
+    assert many.format() == "2.33 ± 1.53 (n=3)"
+    one = Measurement({5: 36.35})
+    assert (one.mean, one.std, one.format()) == (36.35, None, "36.35 (n=1)")
+    assert statistics.stdev([1, 2, 4]) == pytest.approx(many.std)
+    with pytest.raises(ValueError, match="at least one seed"):
+        Measurement({})
+    with pytest.raises(ValueError, match="must be finite"):
+        Measurement({0: math.nan})
+
+
+def test_table_carries_its_conventions():
+    """Catches a number in a table without what it depends on, and a missing one shown as something else."""
+    table = results().markdown_table({"accuracy": "Accuracy (%)", "deletion_auc": "Deletion AUC"})
+    lines = table.splitlines()
+    assert lines[:3] == [
+        "| | Accuracy (%) | Deletion AUC |",
+        "|---|---|---|",
+        "| standard | 98.50 ± 0.50 (n=3) | – |",
+    ]
+    assert lines[3].startswith("| smoot [1] | ")
+    assert lines[3].count("(n=1)") == 2
+    assert lines[4].startswith("| smoot [2] | ")
+    assert lines[4].count("(n=2)") == 2
+    assert lines[5] == ""
+    assert "corner fill" in lines[6]
+    assert "mean fill" in lines[7]
+
+
+def test_row_keeps_what_was_measured():
+    """Catches metrics under each other's names, and two conventions in one row."""
+    measured = {seed: faithfulness(seed) for seed in (3, 4)}
+    row = faithfulness_row("sgt", measured)
+    assert row.metrics["deletion_auc"].values == {3: measured[3].deletion_auc, 4: measured[4].deletion_auc}
+    assert row.metrics["insertion_auc"].values[3] == measured[3].insertion_auc
+    assert row.metrics["gap"].values[3] == measured[3].gap
+    assert row.metrics["random_auc"].values[4] == measured[4].random_auc
+    assert row.convention == measured[3].convention.to_dict()
+    assert row.details["by_seed"]["4"]["deletion"]["values"] == measured[4].deletion_curve.tolist()
+    with pytest.raises(ValueError, match="row 'sgt' must have one convention, got 2"):
+        faithfulness_row("sgt", {0: faithfulness(0), 1: faithfulness(1, fill="mean")})
+
+
+def broken(change):
+    content = copy.deepcopy(results().to_dict())
+    change(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(schema_version=2), "schema_version 2; this package reads 1"),
+        (lambda c: c.pop("schema_version"), "results.json must have 'schema_version'"),
+        (lambda c: c.pop("settings"), "results.json must have 'settings'"),
+        (lambda c: c.update(rows={}), r"results.json.rows must be list"),
+        (lambda c: c["environment"].pop("commit"), "environment must name 'commit'"),
+        (lambda c: c["environment"].update(torch=None), "environment must name 'torch' as text, got None"),
+        (lambda c: c["rows"].append([]), r"rows\[3\] must be an object, got list"),
+        (lambda c: c["rows"][0].pop("metrics"), r"rows\[0\] must have 'metrics'"),
+        (lambda c: c["rows"][0]["metrics"]["accuracy"].update(n=True), r"metrics\['accuracy'\].n must be int"),
+        (lambda c: c["rows"][0]["metrics"]["accuracy"].update(mean=98.6), "mean must be 98.5"),
+        (lambda c: c["rows"][0]["metrics"]["accuracy"].update(std=None), "std must be 0.5"),
+        (lambda c: c["rows"][0]["metrics"]["accuracy"]["values"].update(first=1.0), "must map seeds to numbers"),
+        (lambda c: c["rows"].append(c["rows"][0]), "got 'standard' twice"),
+    ],
+)
+def test_broken_files_are_refused(tmp_path, change, message):
+    """Catches a file of another version, or edited by hand, that is read as if it were sound."""
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(broken(change)))
+    with pytest.raises(ValueError, match=message):
+        load_results(path)
+
+
+def test_what_is_no_json_is_refused(tmp_path):
+    """Catches a bare decoder error, and NaN, which JSON has not, written all the same."""
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"results\.json is no JSON"):
+        load_results(path)
+    with pytest.raises(ValueError, match="JSON"):
+        Results("t", {"x": math.nan}, describe_environment(), []).save(path)
+
+
+def test_environment_names_the_commit_or_none(tmp_path):
+    """Catches the commit of some other project's checkout, in which the package is merely installed."""
+    from smoot_hf.results import _commit
+
+    copied = tmp_path / "results.py"
+    shutil.copy(importlib.resources.files("smoot_hf") / "results.py", copied)
+    assert _commit(copied) is None
+    assert describe_environment()["device"].startswith("cpu: ")
+
+
+@pytest.fixture(scope="module")
+def load_metric(tmp_path_factory):
+    """`evaluate.load` from the package's own files, with every cache in a folder of this module's tests."""
+    cache = tmp_path_factory.mktemp("evaluate")
+    folder = importlib.resources.files("smoot_hf") / "metrics"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache / "modules")
+        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        # evaluate imports its copies by name: those of another cache must be forgotten.
+        patch.setattr(sys, "path", list(sys.path))
+        for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
+            patch.delitem(sys.modules, name)
+        yield lambda name: evaluate.load(str(folder / name), cache_dir=str(cache))
+    for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["deletion_auc", "insertion_auc"])
+def test_metrics_load_offline_and_agree_with_the_function(load_metric, name):
+    """Catches a metric that needs the Hub or the package, and another rule for the area; true fractions are uneven."""
+    metric = load_metric(name)
+    fractions = [0.0, 78 / 784, 0.5, 1.0]
+    curves = torch.rand(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = area_under_curve(torch.tensor(fractions, dtype=torch.float64), curves).mean().item()
+    assert metric.compute(predictions=curves.tolist(), fractions=fractions) == {
+        name: pytest.approx(expected, abs=1e-12)
+    }
+    for i in range(5):
+        metric.add(prediction=curves[i].tolist())
+    assert metric.compute(fractions=fractions) == {name: pytest.approx(expected, abs=1e-12)}
+    with pytest.raises(ValueError, match="every curve must have 4 values"):
+        metric.compute(predictions=[[1.0, 0.0]], fractions=fractions)
+    with pytest.raises(ValueError, match="rising numbers"):
+        metric.compute(predictions=[[1.0, 0.0]], fractions=[0.5, 0.5])
+
+
+@pytest.mark.parametrize(("name", "value"), [("deletion_auc", 0.375), ("insertion_auc", 0.625)])
+def test_example_of_the_card_holds(load_metric, name, value):
+    """Catches a card whose example gives another number."""
+    card = (importlib.resources.files("smoot_hf") / "metrics" / name / "README.md").read_text()
+    call = next(line for line in card.splitlines() if line.startswith("metric.compute"))
+    assert eval(call, {"metric": load_metric(name)}) == {name: value}
+    assert f"# {{'{name}': {value}}}" in card
