@@ -1,25 +1,25 @@
 """SmootTrainer: the objective of SMOOT, SGT and standard training inside the Hugging Face Trainer."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from . import functional as SF
 from .checkpoint_weights import has_other_names, load_translated
+from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
+from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
 from .masked_step import logits_of, masked_step
 from .refusals import refuse_unsupported
-from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset, has_index, random_state_kept
+from .sample_index import SAMPLE_IDX, random_state_kept
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 MASK_BUDGET_NAME = "mask_budget.safetensors"
 
 
-class SmootTrainer(Trainer):
+class SmootTrainer(IndexedTrainer):
     """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
 
     Takes the place of `transformers.Trainer` for any image classifier whose output has `logits`. The trainer itself
@@ -50,8 +50,6 @@ class SmootTrainer(Trainer):
         ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
     """
 
-    data_collator: Any
-
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -70,7 +68,7 @@ class SmootTrainer(Trainer):
         # The loss below is normalised by the items of the whole accumulated batch, whatever the model declares.
         self.model_accepts_loss_kwargs = True
         self._log_window = LogWindow()
-        self._epoch: int | None = None
+        self._budgeted_dataset: Any = None
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
             self.mask_budget = self._fresh_mask_budget()
@@ -79,7 +77,7 @@ class SmootTrainer(Trainer):
 
     def _fresh_mask_budget(self) -> MaskBudget:
         """K of every training sample at its start; looks at the first sample for the size of the images."""
-        dataset, collator = self._indexed_parts(self.train_dataset, "training")
+        dataset, collator = self.indexed_parts(self.train_dataset, "training")
         with random_state_kept():
             first = collator(dataset.__getitems__([0]))
         self._budgeted_dataset = self.train_dataset
@@ -127,57 +125,6 @@ class SmootTrainer(Trainer):
         else:
             super()._load_best_model()
 
-    # --- the index of a sample -------------------------------------------------------------------------------------
-
-    def _indexed_parts(self, dataset: Any, description: str) -> tuple[IndexedDataset, IndexedCollator]:
-        """The training set and its collator, unused columns removed as the Trainer would, with `sample_idx`."""
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)
-            collator = self.data_collator
-        else:
-            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
-        indexed = IndexedCollator(collator, self.label_names[0], num_labels, self.input_pipeline is not None)
-        return IndexedDataset(dataset), indexed
-
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataLoader:
-        if not is_training or not has_index(dataset):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        indexed, collator = self._indexed_parts(dataset, description)
-        sampler_of_original = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        with self._replaced(collator):
-            return super()._get_dataloader(
-                indexed, description, batch_size, sampler_of_original, is_training, dataloader_key
-            )
-
-    @contextmanager
-    def _replaced(self, collator: IndexedCollator) -> Iterator[None]:
-        """Let the Trainer build its loader with `collator` as it is: the columns have been removed before."""
-        own, removes_columns = self.data_collator, self.args.remove_unused_columns
-        self.data_collator, self.args.remove_unused_columns = collator, False
-        try:
-            yield
-        finally:
-            self.data_collator, self.args.remove_unused_columns = own, removes_columns
-
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.
-        self._epoch = epoch
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
-
-    def _epoch_number(self) -> int:
-        if self.is_in_train and self._epoch is None:
-            raise RuntimeError("this version of transformers does not tell SmootTrainer its epochs: K would never move")
-        return self._epoch or 0
-
     # --- the step --------------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +133,7 @@ class SmootTrainer(Trainer):
             return inputs
         pixels = inputs["pixel_values"]
         if SAMPLE_IDX in inputs:
-            images = self.input_pipeline.prepare_training(pixels, inputs[SAMPLE_IDX], self._epoch_number())
+            images = self.input_pipeline.prepare_training(pixels, inputs[SAMPLE_IDX], self.epoch_number())
         else:
             images = self.input_pipeline.prepare_evaluation(pixels)
         return {**inputs, "pixel_values": images}
@@ -242,7 +189,7 @@ class SmootTrainer(Trainer):
                 f"the training batch has no {SAMPLE_IDX!r}: get_train_dataloader was replaced by one that does not "
                 "attach it. Override _get_train_sampler, or the data collator, in its place"
             )
-        args, budget, epoch = self.args, self.mask_budget, self._epoch_number()
+        args, budget, epoch = self.args, self.mask_budget, self.epoch_number()
         if images.shape[-2:] != budget.image_size:
             raise ValueError(
                 "all training images must have one size, for K counts its pixels: got "
@@ -284,6 +231,30 @@ class SmootTrainer(Trainer):
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         return _batch_mean(ce, num_items_in_batch)
+
+    # --- what is reported ------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`; evaluation gains `deletion_auc` where `deletion_auc_samples` asks for it."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.deletion_auc_samples and description == "Evaluation":
+            output.metrics[f"{metric_key_prefix}_deletion_auc"] = self._deletion_auc(dataloader.dataset)
+        return output
+
+    def _deletion_auc(self, dataset: Any) -> float:
+        """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set."""
+        count = min(self.args.deletion_auc_samples, len(dataset))
+        subset = Subset(dataset, [row * len(dataset) // count for row in range(count)])
+        return evaluate_faithfulness(
+            self.model, subset, curves=(), input_pipeline=self.input_pipeline, batch_size=self.args.eval_batch_size
+        ).deletion_auc
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training logs gain the parts of the loss and the statistics of K."""

@@ -40,6 +40,8 @@ class SmootTrainingArguments(TrainingArguments):
         shared_dropout: clean and masked images see the same dropout draw, so that delta measures the mask alone.
         kl_gradient: `"both"`, or `"masked"`: f(X) is a constant teacher in the KL term.
         mask_fill: what replaces a pixel: `"uniform"` (Section 4.1) or `"mean"` (of its channel in that image).
+        deletion_auc_samples: every evaluation reports `deletion_auc` (`evaluate_faithfulness`; lower is better) over
+            this many images of the evaluation set, so that it may be the `metric_for_best_model`; 0 leaves it out.
 
     Raises:
         ValueError: a field is out of its range; the message names field, value and range.
@@ -78,6 +80,10 @@ class SmootTrainingArguments(TrainingArguments):
     )
     mask_fill: Literal["uniform", "mean"] = _argument(
         "uniform", "What replaces a pixel: uniform noise in the range of what remains, or the channel's mean."
+    )
+
+    deletion_auc_samples: int = _argument(
+        0, "Report deletion_auc (lower is better) over this many evaluation images at every evaluation; 0: do not."
     )
 
     def __post_init__(self) -> None:
@@ -122,9 +128,11 @@ class SmootTrainingArguments(TrainingArguments):
             _require(name, getattr(self, name), 0, 1)
         for name in ("step_size", "kl_weight"):
             _require(name, getattr(self, name), 0, math.inf)
-        _require("top_n", self.top_n, 1, math.inf)
-        if self.top_n != int(self.top_n):
-            raise ValueError(f"top_n must be a whole number, got {self.top_n}")
+        for name, low in (("top_n", 1), ("deletion_auc_samples", 0)):
+            value = getattr(self, name)
+            _require(name, value, low, math.inf)
+            if value != int(value):
+                raise ValueError(f"{name} must be a whole number, got {value}")
         if self.method == "smoot" and not self.mask_ratio_min <= self.mask_ratio <= self.mask_ratio_max:
             raise ValueError(
                 "mask_ratio_min <= mask_ratio <= mask_ratio_max must hold, got "

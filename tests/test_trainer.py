@@ -8,10 +8,10 @@ import reference
 import torch
 from conftest import CLASSES, QUICK, TinyImages, build, parameters
 from datasets import Dataset as HfDataset
-from torch.utils.data import WeightedRandomSampler
+from torch.utils.data import Subset, WeightedRandomSampler
 from transformers import TrainerCallback, TrainingArguments
 
-from smoot_hf import SmootTrainer
+from smoot_hf import SmootTrainer, evaluate_faithfulness
 from smoot_hf import functional as SF
 from smoot_hf.masked_step import masked_step
 
@@ -309,6 +309,24 @@ def test_the_best_model_comes_back_whole(name, quick_trainer, tmp_path):
     best = type(trainer.model).from_pretrained(tmp_path / "run" / "checkpoint-3")
     for parameter, value in best.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[parameter]), parameter
+
+
+def test_the_best_model_may_be_the_most_faithful_one(quick_trainer):
+    """Catches a deletion AUC that is not among the metrics the Trainer chooses by, or of another model."""
+    data = TinyImages(10)
+    trainer = quick_trainer(
+        save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="deletion_auc", greater_is_better=False, deletion_auc_samples=5,
+        trainer_kwargs={"eval_dataset": data},
+    )  # fmt: skip
+    trainer.train()
+    reported = [entry["eval_deletion_auc"] for entry in trainer.state.log_history if "eval_deletion_auc" in entry]
+    assert len(reported) == 2
+    assert trainer.state.best_metric == min(reported)
+    chosen = evaluate_faithfulness(trainer.model, Subset(data, [0, 2, 4, 6, 8]), curves=())
+    assert trainer.evaluate()["eval_deletion_auc"] == pytest.approx(chosen.deletion_auc)
+    assert trainer.model.training is False
+    assert "eval_deletion_auc" not in trainer.predict(data).metrics
 
 
 def test_weights_of_another_architecture_are_refused(quick_trainer, tmp_path):

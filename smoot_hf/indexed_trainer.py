@@ -1,0 +1,78 @@
+"""A Trainer whose training batches say which samples they hold, and which knows the number of its epoch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from .sample_index import IndexedCollator, IndexedDataset, has_index
+
+
+class IndexedTrainer(Trainer):
+    """Attaches `sample_idx` to the training batches of any map-style data set, past the user's own collator.
+
+    The collator, the sampler and the columns that the Trainer removes are those of a plain `Trainer`; a stream without
+    index is passed through.
+    """
+
+    data_collator: Any
+    # Set where the model's input is uint8 and made ready on the device.
+    input_pipeline: Any = None
+    _epoch: int | None = None
+
+    def indexed_parts(self, dataset: Any, description: str) -> tuple[IndexedDataset, IndexedCollator]:
+        """The training set and its collator with `sample_idx`, unused columns removed as the Trainer would."""
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+            collator = self.data_collator
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
+        indexed = IndexedCollator(collator, self.label_names[0], num_labels, self.input_pipeline is not None)
+        return IndexedDataset(dataset), indexed
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        if not is_training or not has_index(dataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        indexed, collator = self.indexed_parts(dataset, description)
+        sampler_of_original = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        with self._replaced(collator):
+            return super()._get_dataloader(
+                indexed, description, batch_size, sampler_of_original, is_training, dataloader_key
+            )
+
+    @contextmanager
+    def _replaced(self, collator: IndexedCollator) -> Iterator[None]:
+        """Let the Trainer build its loader with `collator` as it is: the columns have been removed before."""
+        own, removes_columns = self.data_collator, self.args.remove_unused_columns
+        self.data_collator, self.args.remove_unused_columns = collator, False
+        try:
+            yield
+        finally:
+            self.data_collator, self.args.remove_unused_columns = own, removes_columns
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.
+        self._epoch = epoch
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def epoch_number(self) -> int:
+        """Number of the epoch under way, from 0.
+
+        Raises:
+            RuntimeError: the installed transformers runs its epochs in another way.
+        """
+        if self.is_in_train and self._epoch is None:
+            raise RuntimeError("this version of transformers does not tell SmootTrainer its epochs: K would never move")
+        return self._epoch or 0
