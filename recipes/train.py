@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from budget_history import RecordBudget
 from command_line import RecipeArguments, make_parser, parse
 from datasets import DatasetDict
-from transformers import EvalPrediction
+from run_record import RunRecord
+from transformers import EvalPrediction, set_seed
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
@@ -66,13 +68,10 @@ def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None =
 
 def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
     """Load and decode the data, build the model, its image processor and the input pipeline."""
-    # The first process fills the cache, the others read it.
-    with args.main_process_first(desc="decoding the images"):
-        splits = load_image_dataset(recipe.dataset, image_column=recipe.image_column, label_column=recipe.label_column)
-        splits = limit(splits, {"train": recipe.max_train_samples, "test": recipe.max_eval_samples})
-        decoded = decode_images(splits, convert_rgb=recipe.convert_rgb)
-    train, test = DecodedImages(decoded["train"]), DecodedImages(decoded["test"])
+    train, test = load_data(args, recipe)
     channels, height, width = train.image_shape
+    # The trainer seeds too late for the initial weights.
+    set_seed(args.seed)
     model = load_model(
         recipe.model,
         labels=train.label_names,
@@ -89,6 +88,16 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
         processor, crop_padding=recipe.crop_padding, horizontal_flip=recipe.horizontal_flip, seed=args.seed
     )
     return Task(model, processor, pipeline, train, test)
+
+
+def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:
+    """The decoded training and test images."""
+    # The first process fills the cache, the others read it.
+    with args.main_process_first(desc="decoding the images"):
+        splits = load_image_dataset(recipe.dataset, image_column=recipe.image_column, label_column=recipe.label_column)
+        splits = limit(splits, {"train": recipe.max_train_samples, "test": recipe.max_eval_samples})
+        decoded = decode_images(splits, convert_rgb=recipe.convert_rgb)
+    return DecodedImages(decoded["train"]), DecodedImages(decoded["test"])
 
 
 def limit(splits: DatasetDict, sizes: dict[str, int | None]) -> DatasetDict:
@@ -127,10 +136,11 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
-    """Train, evaluate, save model, processor and metrics, and print a summary."""
+    """Train, evaluate, save model, processor, metrics and the run's record, and print a summary."""
     resume: str | bool | None = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "last"):
         resume = True
+    trainer.add_callback(RecordBudget(trainer))
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
@@ -140,6 +150,7 @@ def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArg
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
+        RunRecord.of(trainer, args, recipe, result.metrics["train_runtime"]).save(args.output_dir)
         print(summary(trainer, args, recipe, metrics))
     return metrics
 

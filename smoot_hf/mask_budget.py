@@ -74,7 +74,8 @@ class MaskBudget:
         # K >= 0: has not moved in this epoch. Negative: has moved, and K is the complement.
         self._stored = torch.full((num_samples,), initial, dtype=torch.int32, device=device)
         # How many samples have each K from k_min to k_max: statistics without a pass over all samples.
-        self._histogram = self._count()
+        self._histogram = torch.zeros(self.k_max - self.k_min + 1, dtype=torch.int64, device=device)
+        self._histogram[initial - self.k_min] = num_samples
 
     @classmethod
     def for_training(
@@ -113,9 +114,6 @@ class MaskBudget:
     def histogram(self) -> Tensor:
         """Number of samples with K = k_min, k_min + 1, ..., k_max: int64 (k_max - k_min + 1,)."""
         return self._histogram
-
-    def _count(self) -> Tensor:
-        return torch.bincount(self.k - self.k_min, minlength=self.k_max - self.k_min + 1)
 
     def begin_epoch(self, epoch: int) -> None:
         """Let every sample move again, once, when `epoch` is not the one under way."""
@@ -225,7 +223,8 @@ class MaskBudget:
         if k.shape != (self.num_samples,) or metadata.get("sha256") != _digest(k, has_moved):
             raise ValueError(f"the mask budget {path} is damaged; resume from an earlier checkpoint")
         self._stored.copy_(torch.where(has_moved, ~k, k))
-        self._histogram = self._count()
+        counts = torch.bincount(k - self.k_min, minlength=len(self._histogram))
+        self._histogram.copy_(counts)
         self.epoch = None if metadata["epoch"] == "None" else int(metadata["epoch"])
 
     def _require_identity(self, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:

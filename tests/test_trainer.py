@@ -438,6 +438,21 @@ def test_class_weights_through_compute_loss_func(quick_trainer, recorder):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_labels_under_another_name(quick_args, recorder):
+    """Catches a key that is taken for granted."""
+
+    class Targets(TinyImages):
+        def __getitem__(self, i):
+            return {"pixel_values": self.images[i], "targets": self.labels[i]}
+
+    args = quick_args(label_names=["targets"], gradient_accumulation_steps=2, logging_steps=6)
+    trainer = SmootTrainer(build("vit"), args, train_dataset=Targets(32), eval_dataset=Targets(8))
+    trainer.train()
+    step = [torch.cat([call["step"].ce + call["step"].kl]).mean() for call in recorder.calls]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(torch.stack(step).mean().item(), rel=1e-4)
+    assert "eval_loss" in trainer.evaluate()
+
+
 def test_label_smoothing_is_of_the_cross_entropy(quick_trainer, recorder):
     """Catches a flag that the own loss path forgets."""
     trainer = quick_trainer(max_steps=1, logging_steps=1, label_smoothing_factor=0.2)
