@@ -88,8 +88,8 @@ class Convention:
 
 DEFAULT = Convention()
 # The paper's tables: magnitude of the log-probability's gradient, 0 to 90 % in steps of ten. The paper does not say
-# whether its area is divided by the span, 0.9; divided, ours come out nearer to its numbers, and are mean accuracies.
-PAPER = Convention(score="log_prob", fractions=even_fractions(9, 0.9), normalisation="span")
+# whether its area is divided by the span of the fractions, 0.9; ours is not (`normalisation="span"` divides it).
+PAPER = Convention(score="log_prob", fractions=even_fractions(9, 0.9))
 
 PRESETS = {"default": DEFAULT, "paper": PAPER}
 

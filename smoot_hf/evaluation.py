@@ -160,7 +160,7 @@ def evaluate_faithfulness(
         steps: even steps between the convention's end points. Default: as the convention says.
         fill: what replaces a removed pixel. Default: as the convention says.
         convention: `"default"`: accuracy, magnitude of the logit's gradient, corner fill, 0 to 100 % by 10. `"paper"`:
-            the log-probability's gradient and 0 to 90 % by 10, the area divided by 0.9. Or a `Convention` of your own.
+            the log-probability's gradient and 0 to 90 % by 10. Or a `Convention` of your own.
         curves: what to measure beside deletion.
         input_pipeline: normalises uint8 pixels and resizes after the mask, which acts at native resolution; `None`
             where the data come normalised and at the model's size.

@@ -210,7 +210,7 @@ def test_paper_preset():
     assert Convention() == DEFAULT
     assert PAPER.fractions == pytest.approx([0.1 * i for i in range(10)])
     assert (PAPER.score, PAPER.signed, PAPER.fill, PAPER.target) == ("log_prob", False, "corner", "label")
-    assert (PAPER.measure, PAPER.normalisation) == ("accuracy", "span")
+    assert (PAPER.measure, PAPER.normalisation) == ("accuracy", "none")
     found = evaluate_faithfulness(small_model(), rows(), convention="paper", curves=())
     assert found.convention == PAPER
     assert len(found.deletion_curve) == 10
