@@ -11,9 +11,10 @@ from datasets import Dataset as HfDataset
 from torch.utils.data import Subset, WeightedRandomSampler
 from transformers import TrainerCallback, TrainingArguments
 
-from smoot_hf import SmootTrainer, evaluate_faithfulness
+from smoot_hf import MaskBudget, SmootTrainer, evaluate_faithfulness
 from smoot_hf import functional as SF
 from smoot_hf.masked_step import masked_step
+from smoot_hf.training_log import LogWindow
 
 
 class StepRecorder:
@@ -169,6 +170,21 @@ def test_the_eval_pass_sees_no_dropout_and_leaves_batch_statistics_and_modes(qui
     assert [m.training for m in own.modules()] == modes
     tracked = [b for n, b in own.named_buffers() if n.endswith("num_batches_tracked")]
     assert sorted({int(b) for b in tracked}) == [0, 2]  # the frozen one; the clean and the masked view
+
+
+@pytest.mark.parametrize("override", [{}, {"saliency_pass": "eval"}, {"saliency_target": "predicted"}])
+def test_nothing_in_a_step_waits_for_the_device(override, quick_args):
+    """Tensors on the meta device have no values: whatever reads one back to the host raises."""
+    args, sample_idx = quick_args(**override), torch.empty(8, dtype=torch.int64, device="meta")
+    budget = MaskBudget(24, (8, 8), device="meta")
+    images, labels = torch.empty(8, 3, 8, 8, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    model = build("vit").to("meta").train()
+    step = masked_step(model, images, labels, sample_idx, budget.read(sample_idx), 0, args)
+    budget.update(sample_idx, step.delta, args.step_size)
+    LogWindow().add(ce_loss=step.ce, kl_loss=step.kl)
+    (step.ce + step.kl).mean().backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        step.ce.sum().item()
 
 
 # --- K in training -----------------------------------------------------------------------------------------------

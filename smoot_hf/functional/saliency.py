@@ -1,5 +1,8 @@
 """Saliency: the gradient of a class score with respect to the pixels (Algorithm 2, line 1)."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,12 +25,18 @@ def input_saliency(score: Tensor, images: Tensor, signed: bool = True) -> Tensor
     Raises:
         RuntimeError: `score` does not depend on `images` (raised by autograd).
     """
-    # A backward pass belongs outside autocast: its dtypes are those the forward pass chose.
-    with torch.autocast(images.device.type, enabled=False):
+    with _without_autocast(images.device.type):
         (gradient,) = torch.autograd.grad(score.sum(), images, retain_graph=True)
     # The mean of half-precision gradients could overflow or lose the order of small ones.
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return (gradient if signed else gradient.abs()).mean(dim=1)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A backward pass belongs outside autocast: its dtypes are those that the forward pass chose."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def class_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
