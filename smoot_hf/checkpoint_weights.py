@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 def has_other_names(model: nn.Module, folder: str) -> bool:
-    """Whether `folder` holds weights of `model` under names that only `from_pretrained` can translate."""
+    """Whether the weights in `folder` are not name by name those of `model`: `from_pretrained` can tell why."""
     if not isinstance(model, PreTrainedModel):
         return False
     index, single = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME), os.path.join(folder, SAFE_WEIGHTS_NAME)
@@ -28,7 +28,7 @@ def has_other_names(model: nn.Module, folder: str) -> bool:
             names = set(json.load(file)["weight_map"])
     else:
         return False
-    return not names <= set(model.state_dict())
+    return names != set(model.state_dict())
 
 
 def load_translated(model: PreTrainedModel, folder: str) -> None:

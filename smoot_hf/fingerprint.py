@@ -1,6 +1,7 @@
 """Identity of a data set: what tells the data that a saved mask budget belongs to from any other."""
 
 import hashlib
+import os
 from typing import Any
 
 import datasets
@@ -23,10 +24,23 @@ def dataset_fingerprint(dataset: Any) -> str | None:
         16 hexadecimal digits (or the data set's own `fingerprint`); `None` where nothing identifies the data.
     """
     if not isinstance(dataset, datasets.Dataset):
-        return getattr(dataset, "fingerprint", None)
+        own = getattr(dataset, "fingerprint", None)
+        return own if isinstance(own, str) else None
     stored = dataset.with_format("arrow")
     digest = hashlib.sha256(f"{len(dataset)} {dataset.features}".encode())
     rows = np.unique(np.linspace(0, max(len(dataset) - 1, 0), _ROWS_HASHED).astype(np.int64))
     for row in rows[: len(dataset)]:
-        digest.update(repr(stored[int(row)].to_pydict()).encode())
+        columns = stored[int(row)].to_pydict()
+        digest.update(repr([(name, [_content(value) for value in columns[name]]) for name in sorted(columns)]).encode())
     return digest.hexdigest()[:16]
+
+
+def _content(value: Any) -> Any:
+    """A stored value; of a file its bytes, wherever it lies: the same data in another folder are the same data."""
+    if not (isinstance(value, dict) and value.keys() == {"bytes", "path"}):
+        return value
+    content, path = value["bytes"], value["path"]
+    if content is None and path is not None and os.path.isfile(path):
+        with open(path, "rb") as file:
+            content = file.read()
+    return os.path.basename(path or "") if content is None else hashlib.sha256(content).hexdigest()

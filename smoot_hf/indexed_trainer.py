@@ -19,6 +19,7 @@ class IndexedTrainer(Trainer):
     """
 
     data_collator: Any
+    label_names: list[str]
     # Set where the model's input is uint8 and made ready on the device.
     input_pipeline: Any = None
     _epoch: int | None = None

@@ -32,7 +32,8 @@ class MaskBudget:
 
     One int32 per sample is all that is stored, 4 GB for a billion samples; reading and updating a batch cost O(batch).
     A sample moves at its first visit of an epoch only: once it has moved, its K is stored as its bitwise complement,
-    whose sign says so until the next epoch begins.
+    whose sign says so until the next epoch begins. `k_min` and `k_max` are the bounds of Equation 4; the entries of
+    that name in `statistics()` and in the logs are the extremes of the samples.
 
     Args:
         num_samples: N, length of the training set.
@@ -234,7 +235,7 @@ class MaskBudget:
                 continue
             raise ValueError(
                 f"the mask budget {path} belongs to another training set or other settings: {name} is {saved} there "
-                f"and {value} here. Resume with the same data and mask ratios, or delete the file to start K afresh"
+                f"and {value} here. Resume with the same data, method and mask ratios, or delete it to start K afresh"
             )
 
     def __repr__(self) -> str:

@@ -68,7 +68,7 @@ def masked_step(
         with _eval_mode(network):
             saliency_logits = logits_of(forward(network, leaf))
     target = labels if args.saliency_target == "label" else saliency_logits.argmax(dim=1)
-    score = SF.class_score(saliency_logits, target, args.saliency_score)
+    score = SF.ranking_score(saliency_logits, target, args.saliency_score)
     saliency = SF.input_saliency(score, leaf, args.signed_saliency)
 
     images = leaf.detach()

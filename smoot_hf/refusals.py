@@ -35,6 +35,8 @@ def _refuse_model(trainer: Trainer) -> None:
 
 
 def _refuse_training_set(dataset: Any) -> None:
+    if dataset is not None and has_index(dataset) and len(dataset) == 0:
+        raise ValueError("train_dataset is empty: K needs at least one training sample")
     if dataset is None or has_index(dataset):
         return
     raise ValueError(

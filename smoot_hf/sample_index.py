@@ -84,7 +84,8 @@ class IndexedCollator:
             raise ValueError(f"{SAMPLE_IDX!r} is attached by the trainer: let the data collator not return it")
         self._check_images(batch.get("pixel_values"), indexed.sample_idx, sorted(batch))
         self._check_labels(batch.get(self.label_name), indexed.sample_idx, sorted(batch))
-        return {**batch, SAMPLE_IDX: torch.tensor(indexed.sample_idx, dtype=torch.int64)}
+        labels = batch[self.label_name].to(torch.int64)
+        return {**batch, self.label_name: labels, SAMPLE_IDX: torch.tensor(indexed.sample_idx, dtype=torch.int64)}
 
     def _check_images(self, images: Any, rows: list[int], keys: list[str]) -> None:
         if images is None:
@@ -97,7 +98,7 @@ class IndexedCollator:
             raise ValueError(f"'pixel_values' must be a tensor of shape (B, C, H, W), got {found}")
         if len(images) != len(rows):
             raise ValueError(f"the data collator made {len(images)} images of {len(rows)} samples: it must keep each")
-        if self.expects_uint8 != (images.dtype == torch.uint8):
+        if not (images.dtype == torch.uint8 if self.expects_uint8 else images.is_floating_point()):
             raise ValueError(
                 f"'pixel_values' are {images.dtype}: they must be torch.uint8 with an input_pipeline (which normalises "
                 "them) and floating point without one"

@@ -27,6 +27,12 @@ logger = logging.get_logger(__name__)
 
 MASK_BUDGET_NAME = "mask_budget.safetensors"
 
+_NO_INDEX = (
+    f"the training batch has no {SAMPLE_IDX!r}, by which K and augmentation are kept: train_dataset is a stream, or "
+    "get_train_dataloader was replaced by one that does not attach it. Override _get_train_sampler or the data "
+    "collator in its place"
+)
+
 
 class SmootTrainer(IndexedTrainer):
     """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
@@ -67,6 +73,8 @@ class SmootTrainer(IndexedTrainer):
         super().__init__(model, args, *others, **more)
         # The loss below is normalised by the items of the whole accumulated batch, whatever the model declares.
         self.model_accepts_loss_kwargs = True
+        # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
+        self.label_names = self.label_names or ["labels"]
         self._log_window = LogWindow()
         self._budgeted_dataset: Any = None
         refuse_unsupported(self)
@@ -85,8 +93,9 @@ class SmootTrainer(IndexedTrainer):
             self.args, len(dataset), first["pixel_values"].shape[-2:], dataset_fingerprint(self.train_dataset)
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; with `model_init`, or after a change of `train_dataset`, K starts afresh as well."""
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
+        self.args.check_smoot_fields()
         if self.args.method != "standard" and self.train_dataset is not None:
             refuse_unsupported(self)
             goes_on = self.model_init is None and self._budgeted_dataset is self.train_dataset
@@ -95,7 +104,7 @@ class SmootTrainer(IndexedTrainer):
             else:
                 self.mask_budget.forget_visits()
         self._log_window = LogWindow()
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -111,6 +120,7 @@ class SmootTrainer(IndexedTrainer):
             self.mask_budget.restore(path)
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
+            self.mask_budget = self._fresh_mask_budget()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if has_other_names(self.model, resume_from_checkpoint):
@@ -131,11 +141,13 @@ class SmootTrainer(IndexedTrainer):
         inputs = super()._prepare_inputs(inputs)
         if self.input_pipeline is None or "pixel_values" not in inputs:
             return inputs
-        pixels = inputs["pixel_values"]
-        if SAMPLE_IDX in inputs:
-            images = self.input_pipeline.prepare_training(pixels, inputs[SAMPLE_IDX], self.epoch_number())
+        if not self.model.training:
+            images = self.input_pipeline.prepare_evaluation(inputs["pixel_values"])
+        elif SAMPLE_IDX in inputs:
+            epoch = self.epoch_number()
+            images = self.input_pipeline.prepare_training(inputs["pixel_values"], inputs[SAMPLE_IDX], epoch)
         else:
-            images = self.input_pipeline.prepare_evaluation(pixels)
+            raise ValueError(_NO_INDEX)
         return {**inputs, "pixel_values": images}
 
     def compute_loss(
@@ -154,10 +166,13 @@ class SmootTrainer(IndexedTrainer):
             num_items_in_batch: number of samples of the whole accumulated batch, which normalises the sum.
 
         Raises:
-            ValueError: the model's output has no `logits`, or a training batch has lost its `sample_idx`.
+            ValueError: a batch without images or labels, or without `sample_idx` in training; a model without logits.
         """
-        inputs = dict(inputs)
-        labels = inputs.pop(self.label_names[0])
+        inputs, label_name = dict(inputs), self.label_names[0]
+        for name in ("pixel_values", label_name):
+            if inputs.get(name) is None:
+                raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}")
+        labels = inputs.pop(label_name)
         images = inputs.pop("pixel_values")
         sample_idx = inputs.pop(SAMPLE_IDX, None)
         is_training = model.training and torch.is_grad_enabled()
@@ -185,10 +200,7 @@ class SmootTrainer(IndexedTrainer):
     ) -> tuple[Tensor, Any]:
         """One step of Algorithm 2; returns the loss and the model's output on the clean images."""
         if sample_idx is None or self.mask_budget is None:
-            raise ValueError(
-                f"the training batch has no {SAMPLE_IDX!r}: get_train_dataloader was replaced by one that does not "
-                "attach it. Override _get_train_sampler, or the data collator, in its place"
-            )
+            raise ValueError(_NO_INDEX)
         args, budget, epoch = self.args, self.mask_budget, self.epoch_number()
         if images.shape[-2:] != budget.image_size:
             raise ValueError(

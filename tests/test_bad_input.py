@@ -155,8 +155,36 @@ def test_a_loader_that_lost_the_index_is_refused(quick_args):
             return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
 
     trainer = Replaced(build("vit"), quick_args(), train_dataset=TinyImages())
-    with pytest.raises(ValueError, match="no 'sample_idx': get_train_dataloader was replaced"):
+    with pytest.raises(ValueError, match=r"no 'sample_idx'.* get_train_dataloader was replaced"):
         trainer.train()
+
+
+def test_an_empty_training_set_is_refused(quick_trainer):
+    """Catches an IndexError from the user's data set."""
+    empty = torch.utils.data.Subset(TinyImages(), [])
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        quick_trainer(train_dataset=empty)
+
+
+def test_an_evaluation_batch_without_images_is_refused_by_name(quick_trainer):
+    """Catches a bare KeyError."""
+    trainer = quick_trainer(remove_unused_columns=False)
+    with pytest.raises(ValueError, match=r"the batch has no 'pixel_values', only \['image', 'labels'\]"):
+        trainer.evaluate([{"image": torch.zeros(3, 8, 8), "labels": 0}] * 4)
+
+
+def test_labels_of_any_integer_type_will_do(quick_trainer):
+    """Catches int32 labels that reach the loss as they are."""
+    narrow = Altered(lambda i: i)
+    narrow.labels = torch.tensor(narrow.labels, dtype=torch.int32).numpy()
+    quick_trainer(train_dataset=narrow, trainer_kwargs={"data_collator": collate_as_they_are}).train()
+
+
+def collate_as_they_are(examples):
+    return {
+        "pixel_values": torch.stack([e["pixel_values"] for e in examples]),
+        "labels": torch.tensor([e["labels"] for e in examples], dtype=torch.int32),
+    }
 
 
 def test_a_collator_that_drops_samples_is_refused(quick_trainer):

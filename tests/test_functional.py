@@ -204,6 +204,42 @@ def test_class_score_is_the_targets_output():
         SF.class_score(logits, target, "prob")
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["logit", "log_prob"]))
+def test_ranking_score_has_the_gradient_of_the_class_score_up_to_a_positive_factor(seed, score):
+    """Catches a factor that is negative, shared by the batch, or different from pixel to pixel."""
+    images = torch.randn(4, 1, 3, 3, generator=generator(seed), dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 5, generator=generator(seed + 1), dtype=torch.float64)
+    target = torch.randint(5, (4,), generator=generator(seed + 2))
+    logits = images.flatten(1) @ weight
+    one = SF.input_saliency(SF.class_score(logits, target, score), images)
+    other = SF.input_saliency(SF.ranking_score(logits, target, score), images)
+    factor = (other / one).flatten(1)
+    assert (factor > 0).all()
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=0)
+
+
+def test_ranking_survives_half_precision_when_the_model_is_certain():
+    """Catches the mask of a well-trained model under fp16 becoming the first K positions."""
+    images = torch.randn(16, 1, 6, 6, generator=generator(0)).half().requires_grad_()
+    weight = (torch.randn(36, 4, generator=generator(1)) * 4).half()
+    logits = (images.flatten(1).float() @ weight.float()).half()  # rounded on the way, as under fp16
+    target = logits.argmax(1)
+    assert logits.float().softmax(1).max(1).values.median() > 0.9999
+
+    def masks(score_of, upcast):
+        view = images.detach().clone().float() if upcast else images.detach().clone()
+        view.requires_grad_()
+        outputs = view.flatten(1) @ (weight.float() if upcast else weight)
+        saliency = SF.input_saliency(score_of(outputs, target, "log_prob"), view)
+        return SF.least_salient_mask(saliency, torch.full((16,), 18))
+
+    exact = masks(SF.class_score, upcast=True)
+    ranked = (masks(SF.ranking_score, upcast=False) == exact).float().mean()
+    vanished = (masks(SF.class_score, upcast=False) == exact).float().mean()
+    assert ranked > 0.98
+    assert vanished < 0.9
+
+
 # --- objective ---------------------------------------------------------------------------------------------------
 
 CLASSES = st.integers(2, 12)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import CLASSES, QUICK, TinyImages, build, parameters
+from conftest import CLASSES, QUICK, TinyImages, build, largest_difference, parameters
 from datasets import Dataset as HfDataset
-from torch.utils.data import Subset, WeightedRandomSampler
-from transformers import TrainerCallback, TrainingArguments
+from torch.utils.data import IterableDataset, Subset, WeightedRandomSampler
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, TrainerCallback, TrainingArguments
 
-from smoot_hf import MaskBudget, SmootTrainer, evaluate_faithfulness
+from smoot_hf import InputPipeline, MaskBudget, SmootTrainer, evaluate_faithfulness
 from smoot_hf import functional as SF
 from smoot_hf.masked_step import masked_step
 from smoot_hf.training_log import LogWindow
@@ -97,19 +97,19 @@ def test_the_gradients_are_those_of_the_plain_formulation(quick_args):
 
 
 def test_kl_gradient_masked_makes_the_clean_prediction_a_constant(quick_args):
-    """Catches an option that does nothing: the KL term must reach the weights through the masked view alone."""
-    data = TinyImages()
-    batch = data.images[:8], torch.tensor(data.labels[:8]), torch.arange(8), torch.full((8,), 32), 0
-    grads = {}
-    for kl_gradient in ("both", "masked"):
-        model = build("vit").train()
-        step = masked_step(model, *batch, quick_args(kl_gradient=kl_gradient))
-        grads[kl_gradient] = torch.autograd.grad(step.kl.mean(), model.classifier.weight)[0]
-    clean = build("vit").train()(pixel_values=batch[0]).logits
-    model = build("vit").train()
-    step = masked_step(model, *batch, quick_args())
-    assert not torch.allclose(grads["both"], grads["masked"])
-    assert clean.shape == step.outputs.logits.shape
+    """Catches an option that does nothing, and one that detaches the masked prediction in its place."""
+    data, sample_idx = TinyImages(), torch.arange(8)
+    images, labels, args = data.images[:8], torch.tensor(data.labels[:8]), quick_args(kl_gradient="masked")
+    ours, plain = build("vit").train(), build("vit").train()
+    step = masked_step(ours, images, labels, sample_idx, torch.full((8,), 32), 0, args)
+    (gradient,) = torch.autograd.grad(step.kl.mean(), ours.classifier.weight)
+
+    noise = SF.counter_uniform(args.seed, 0, sample_idx, images.shape[1:])
+    masked = torch.where(step.is_masked, SF.uniform_fill(images, step.is_masked, noise), images)
+    log_p, log_q = (plain(pixel_values=view).logits.log_softmax(1) for view in (images, masked))
+    kl = torch.nn.functional.kl_div(log_q, log_p.detach(), log_target=True, reduction="batchmean")
+    (expected,) = torch.autograd.grad(kl, plain.classifier.weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_kl_gradient_masked_makes_the_clean_prediction_a_constant(quick_args):
         {"mask_fill": "mean"},
     ],
 )
-def test_every_reading_of_the_step_changes_it(override, quick_args):
+def test_every_reading_of_the_saliency_changes_the_step(override, quick_args):
     """Catches an argument that is parsed and then forgotten."""
     data = TinyImages()
     batch = data.images[:8], torch.tensor(data.labels[:8]), torch.arange(8), torch.full((8,), 32), 0
@@ -190,20 +190,63 @@ def test_nothing_in_a_step_waits_for_the_device(override, quick_args):
 # --- K in training -----------------------------------------------------------------------------------------------
 
 
-def test_k_is_updated_by_every_samples_own_delta(quick_trainer, recorder):
-    """Catches deltas written to other samples' K: the sampler shuffles, the collator sees no index."""
-    trainer = quick_trainer(max_steps=9, step_size=500, mask_ratio_min=0, mask_ratio_max=1)
+READINGS = {
+    "floor": ({"step_size": 500}, 500, {"rounding": "floor"}),
+    "trunc": ({"step_size": 500, "rounding": "trunc"}, 500, {"rounding": "trunc"}),
+    "percent": ({"step_size": 1000, "step_unit": "percent", "rounding": "nearest"}, 640, {"rounding": "nearest"}),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_k_is_updated_by_every_samples_own_delta(reading, quick_trainer, recorder):
+    """Catches deltas written to other samples' K (the sampler shuffles), and a rounding or unit that is forgotten."""
+    overrides, step_size, rounding = READINGS[reading]
+    trainer = quick_trainer(max_steps=9, mask_ratio_min=0, mask_ratio_max=1, **overrides)
     trainer.train()
     expected = [32] * 24
     for call in recorder.calls:
-        for row, k, delta in zip(
-            call["sample_idx"].tolist(), call["k"].tolist(), call["step"].delta.tolist(), strict=True
-        ):
+        deltas = call["step"].delta.tolist()
+        for row, k, delta in zip(call["sample_idx"].tolist(), call["k"].tolist(), deltas, strict=True):
             assert k == expected[row]
-            expected[row] = reference.update_budget(k, delta, 500, 0, 64)
+            expected[row] = reference.update_budget(k, delta, step_size, 0, 64, **rounding)
     assert trainer.mask_budget.k.tolist() == expected
     assert len(set(expected)) > 3
     assert [call["epoch"] for call in recorder.calls] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("mode", ["rank", "class", "label"])
+def test_delta_is_of_the_mode_that_was_asked_for(mode, quick_trainer, recorder, monkeypatch):
+    """Catches a mode that the step forgets."""
+    modes = []
+    shift = SF.probability_shift
+    monkeypatch.setattr(SF, "probability_shift", lambda *a: (modes.append(a[4]), shift(*a))[1])
+    quick_trainer(delta_mode=mode, max_steps=1).train()
+    assert modes == [mode]
+
+
+class TakesScale(torch.nn.Module):
+    """A classifier whose forward takes a second input."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build("vit")
+        self.config = self.inner.config
+
+    def forward(self, pixel_values, scale, labels=None):
+        return {"logits": self.inner(pixel_values=pixel_values).logits * scale[:, None]}
+
+
+def test_further_inputs_reach_both_forward_passes(quick_trainer, recorder):
+    """Catches a masked view that is computed without them."""
+
+    class Scaled(TinyImages):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"scale": 0.0}
+
+    quick_trainer(TakesScale(), Scaled(), max_steps=1).train()
+    (call,) = recorder.calls
+    assert call["step"].outputs["logits"].abs().max() == 0
+    assert call["step"].kl.tolist() == [0.0] * 8
 
 
 def test_the_index_is_the_row_of_the_unshuffled_set(quick_trainer, recorder):
@@ -479,17 +522,111 @@ def test_label_smoothing_is_of_the_cross_entropy(quick_trainer, recorder):
     assert trainer.state.log_history[0]["ce_loss"] == pytest.approx(np.mean(ce), rel=1e-5)
 
 
-@pytest.mark.parametrize("overrides", [{"bf16": True}, {"activation_checkpointing": True}], ids=lambda o: next(iter(o)))
 @pytest.mark.parametrize("method", ["standard", "sgt", "smoot"])
-def test_mixed_precision_and_activation_checkpointing(quick_args, method, overrides):
-    """Catches a backward pass inside autocast and saved activations that the saliency consumed."""
-    names = quick_args().__dict__
-    if "activation_checkpointing" in overrides and "activation_checkpointing" not in names:
-        overrides = {"gradient_checkpointing": True}
-    trainer = SmootTrainer(build("vit"), quick_args(method=method, **overrides), train_dataset=TinyImages())
+def test_bf16_follows_the_full_precision_run(trained, method):
+    """Catches a backward pass inside autocast and a loss in eight bits."""
+    full, half = (trained(method=method, learning_rate=1e-3, bf16=bf16) for bf16 in (False, True))
+    for one, other in zip(full.state.log_history, half.state.log_history, strict=True):
+        assert other.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["standard", "sgt", "smoot"])
+def test_activation_checkpointing_changes_nothing(trained, quick_args, method):
+    """Catches saved activations that the saliency consumed, and dropout drawn anew."""
+    name = "activation_checkpointing" if hasattr(quick_args(), "activation_checkpointing") else "gradient_checkpointing"
+    runs = [trained(build("vit", dropout=0.2), method=method, step_size=500, **{name: on}) for on in (False, True)]
+    assert largest_difference(*map(parameters, runs)) == 0
+    if method != "standard":
+        assert torch.equal(runs[0].mask_budget.k, runs[1].mask_budget.k)
+
+
+class RecordsInput(torch.nn.Module):
+    """A classifier that keeps what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build("cnn", image_size=12)
+        self.config, self.seen = self.inner.config, []
+
+    def forward(self, pixel_values, labels=None):
+        self.seen.append(pixel_values.detach().clone())
+        return self.inner(pixel_values=pixel_values)
+
+
+class Pixels(TinyImages):
+    """The tiny images as bytes."""
+
+    def __getitem__(self, i):
+        return {"pixel_values": (self.images[i] * 40 + 128).clamp(0, 255).to(torch.uint8), "labels": self.labels[i]}
+
+
+def test_the_pipeline_augments_masks_then_resizes_in_training_and_only_resizes_in_evaluation(quick_trainer, recorder):
+    """Catches a mask at the model's resolution, augmentation of epoch 0 for ever, and augmented evaluation."""
+    pipeline = InputPipeline(
+        mean=(0.5,) * 3, std=(0.25,) * 3, size=(12, 12), crop_padding=2, horizontal_flip=True, seed=1
+    )
+    model, data = RecordsInput(), Pixels()
+    trainer = quick_trainer(model, data, trainer_kwargs={"input_pipeline": pipeline})
+    assert trainer.mask_budget.image_size == (8, 8)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert np.isfinite(losses).all()
+    assert [call["epoch"] for call in recorder.calls] == [0, 0, 0, 1, 1, 1]
+    for call, (clean, masked) in zip(recorder.calls, zip(model.seen[::2], model.seen[1::2], strict=True), strict=True):
+        raw = torch.stack([data[int(row)]["pixel_values"] for row in call["sample_idx"]])
+        images = pipeline.prepare_training(raw, call["sample_idx"], call["epoch"])
+        assert torch.equal(call["images"], images)
+        assert torch.equal(clean, pipeline.resize(images))
+        assert masked.shape[-2:] == (12, 12)
+        assert not torch.equal(clean, masked)
+    model.seen.clear()
+    trainer.evaluate(Pixels(8))
+    raw = torch.stack([Pixels(8)[row]["pixel_values"] for row in range(8)])
+    assert torch.equal(torch.cat(model.seen), pipeline.prepare_evaluation(raw))
+
+
+def test_a_stream_through_a_pipeline_is_refused(quick_trainer):
+    """Catches training on images prepared, silently, as for evaluation: augmentation needs the index as well."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([Pixels()[i] for i in range(24)])
+
+    pipeline = InputPipeline(mean=(0.5,) * 3, std=(0.25,) * 3)
+    trainer = quick_trainer(train_dataset=Stream(), method="standard", trainer_kwargs={"input_pipeline": pipeline})
+    with pytest.raises(ValueError, match="no 'sample_idx', by which K and augmentation are kept"):
+        trainer.train()
+
+
+def test_every_trial_of_a_search_starts_with_its_own_k(quick_args):
+    """Catches the mask ratio of one trial at work in the next, and a trial's value that nobody checks."""
+
+    ratios = iter([0.25, 0.75, 5.0])
+
+    class Searched(SmootTrainer):
+        def _hp_search_setup(self, trial):  # the stock one sets the arguments of the trial, here, within train()
+            self.args.mask_ratio = next(ratios)
+
+    trainer = Searched(model_init=lambda: build("vit"), args=quick_args(method="sgt"), train_dataset=TinyImages())
+    for pixels in (16, 48):
+        trainer.train()
+        assert trainer.mask_budget.k.unique().tolist() == [pixels]
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\], got 5"):
+        trainer.train()
+
+
+def test_a_model_that_takes_no_labels_is_trained_by_its_logits(quick_args):
+    """DeiT with its teacher's head: catches a refusal for want of a `labels` argument, which our loss does not need."""
+    config = DeiTConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        num_labels=CLASSES,
+    )  # fmt: skip
+    trainer = SmootTrainer(
+        DeiTForImageClassificationWithTeacher(config),
+        quick_args(),
+        train_dataset=TinyImages(),
+        eval_dataset=TinyImages(8),
+    )
+    trainer.train()
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
 def test_small_steps_on_large_images_are_warned_about(quick_args, monkeypatch):

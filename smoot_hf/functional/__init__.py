@@ -5,7 +5,7 @@ from .masking import counter_uniform, least_salient_mask, mean_fill, uniform_fil
 from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
 from .perturbation import area_under_curve, deletion_curve, insertion_curve
 from .removal import removal_fill
-from .saliency import class_score, input_saliency
+from .saliency import class_score, input_saliency, ranking_score
 
 __all__ = [
     "ObjectiveParts",
@@ -21,6 +21,7 @@ __all__ = [
     "masked_objective",
     "mean_fill",
     "probability_shift",
+    "ranking_score",
     "removal_fill",
     "uniform_fill",
     "update_budget",
