@@ -12,6 +12,7 @@ What departs from the library's defaults, and why: 256 images a batch and an eva
 which the last is kept; nothing is reported to a tracker unless --report_to says so.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from command_line import RecipeArguments, make_parser, parse
 from datasets import DatasetDict
 from run_record import RunRecord
 from transformers import EvalPrediction, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
@@ -54,6 +56,7 @@ def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None =
     parser = make_parser(defaults or {}, __doc__.split("\n\n")[0])
     args, recipe = parse(parser, sys.argv[1:] if argv is None else list(argv))
     try:
+        args.resume_from_checkpoint = checkpoint_to_resume(args)
         task = prepare(args, recipe)
         trainer = make_trainer(task, args, recipe)
     except (ValueError, OSError, ImportError) as error:
@@ -64,6 +67,25 @@ def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None =
         )
         print(f"{trainer.accelerator.num_processes} process(es) on {args.device.type}")
     return train(trainer, args, recipe)
+
+
+def checkpoint_to_resume(args: SmootTrainingArguments) -> str | None:
+    """The folder that --resume_from_checkpoint names; of "true" or "last" the newest in the output folder.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    named = args.resume_from_checkpoint
+    if named is None:
+        return None
+    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    folder = newest if str(named).lower() in ("true", "last") else str(named)
+    if folder is None or not os.path.isfile(os.path.join(folder, "trainer_state.json")):
+        raise ValueError(
+            f"resume_from_checkpoint={named!r}: no checkpoint in {folder or args.output_dir}; leave the flag away to "
+            "start afresh"
+        )
+    return folder
 
 
 def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
@@ -132,16 +154,18 @@ def make_trainer(task: Task, args: SmootTrainingArguments, recipe: RecipeArgumen
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of images whose highest logit is that of the label."""
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=-1) == prediction.label_ids))}
+    outputs = prediction.predictions
+    # Some models have further outputs; the logits of the class come first.
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return {"accuracy": float(np.mean(logits.argmax(axis=-1) == prediction.label_ids))}
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
     """Train, evaluate, save model, processor, metrics and the run's record, and print a summary."""
-    resume: str | bool | None = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "last"):
-        resume = True
     trainer.add_callback(RecordBudget(trainer))
-    result = trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        RunRecord.of(trainer, args, recipe).save(args.output_dir)
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)

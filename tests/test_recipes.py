@@ -136,6 +136,8 @@ def test_a_wrong_command_line_is_one_line(argv, message, capsys):
         (["--image_column", "photo"], "image_column='photo' is not a column"),
         (["--max_train_samples", "0"], "max_train_samples must be at least 1"),
         (["--crop_padding", "-1"], "crop_padding must be at least 0"),
+        (["--resume_from_checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["--resume_from_checkpoint", "true"], "no checkpoint in runs/digits-cnn-smoot"),
     ],
 )
 def test_wrong_data_or_model_are_one_line(argv, message, capsys):

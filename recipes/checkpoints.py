@@ -1,0 +1,63 @@
+"""Trained checkpoints, loaded for evaluation: the model, its input pipeline, and whether a data set fits them."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.trainer_utils import get_last_checkpoint
+
+import smoot_hf.models  # noqa: F401 - makes the paper's CNN known to the Auto classes
+from smoot_hf import InputPipeline
+from smoot_hf.data import DecodedImages
+
+
+class Checkpoint(NamedTuple):
+    """A model in evaluation mode and what brings uint8 images to its input."""
+
+    model: Any
+    pipeline: InputPipeline
+
+
+def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) -> Checkpoint:
+    """Load a folder or Hub id, and check that it classifies the images of `test`.
+
+    Args:
+        name: Hub id; folder of a saved model; or folder of a run, whose last checkpoint is taken where the run itself
+            has saved no model yet.
+        test: the images that it shall be evaluated on.
+        device: where the model goes.
+
+    Raises:
+        ValueError: the model belongs to other data.
+        OSError: no such checkpoint.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        name = get_last_checkpoint(name) or name
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name).eval().to(device)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"cannot load the checkpoint {name!r}: {first}") from error
+    pipeline = InputPipeline.from_image_processor(processor)
+    _check_fit(name, model, pipeline, test)
+    return Checkpoint(model, pipeline)
+
+
+def _check_fit(name: str, model: Any, pipeline: InputPipeline, test: DecodedImages) -> None:
+    """Refuse what would give wrong numbers, or an error from deep inside: other classes, channels or sizes."""
+    theirs = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    if len(theirs) != len(test.label_names):
+        raise ValueError(f"{name} was trained on another data set: {len(theirs)} classes, not {len(test.label_names)}")
+    if theirs != test.label_names and set(theirs) == set(test.label_names):
+        raise ValueError(f"{name} numbers the classes in another order than the data set: {theirs[:3]}... first")
+    channels, *native = test.image_shape
+    if channels != len(pipeline.mean):
+        raise ValueError(f"{name} takes {len(pipeline.mean)} channels, the images have {channels}: see --convert_rgb")
+    # The paper's CNN and models from scratch were saved with the size of their training images.
+    size = pipeline.size
+    if model.config.model_type == "smoot_cnn" and isinstance(size, tuple) and list(size) != native:
+        raise ValueError(f"{name} was trained on another data set: images of {size[0]}x{size[1]}, not "
+                         f"{native[0]}x{native[1]}")  # fmt: skip

@@ -1,0 +1,220 @@
+"""Measure how faithful the saliency of any trained checkpoint is: curves, areas, image classes, sanity check.
+
+    python recipes/evaluate_faithfulness.py CHECKPOINT --dataset DATA [--convention default|paper]
+        [--attribution gradient integrated_gradients ...] [--fill corner mean ...] [--output FOLDER]
+
+CHECKPOINT is a folder or Hub id of transformers or timm; DATA is what recipes/train.py takes. Written into the output
+folder: results.json, table.md, curves_<attribution>.png and classes_<attribution>.png.
+
+Time: ten seconds for the digits; grows with images x attributions x fills x 40 forward passes.
+
+What the numbers mean (in percent; the convention stands below the table and in results.json):
+
+  AUC             area under the share of images still correct while the positions that the attribution ranks highest
+                  are replaced first. Lower is better, and means nothing unless it is below the next.
+  random order    the same model and fill, positions replaced in random order: the control.
+  insertion AUC   positions put back into the fill, highest first. Higher is better.
+  gap             AUC of least salient first minus AUC. Higher is better; a random ranking has 0.
+  class II        images whose label gains more than one percentage point of probability when salient positions are
+                  masked (the paper's Figure 1); how many of those peak before half is masked; images that are wrong
+                  and become right.
+  random weights  mean rank correlation of the maps with those of the same network with random weights (Adebayo et
+                  al. 2018), on up to 500 images. A method that shows what was learned is near 0.
+
+Others define the curve otherwise. torch-cam's DeletionInsertionMetric follows the probability of a class, fills with
+zero (after normalisation) and rounds its step up to whole positions; with the same map, steps and fill ours is equal to
+1e-5 (tests/test_perturbation.py). Quantus' PixelFlipping flips single values of single channels, not positions, breaks
+ties in no fixed order, leaves out the unmasked image, and its AUC counts a step as 1, so that it grows with the number
+of steps. captum has no such curve: its infidelity and sensitivity measure other properties of an attribution.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from checkpoints import Checkpoint, load_checkpoint
+from command_line import OneLineParser
+from figures import Example, draw_curves, draw_image_classes
+from train import limit
+
+from smoot_hf import Convention, Faithfulness, evaluate_faithfulness
+from smoot_hf.attributions import Method
+from smoot_hf.convention import PRESETS, resolve_convention
+from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.functional.removal import Fill
+from smoot_hf.image_classes import ImageClasses, find_image_classes
+from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row
+from smoot_hf.sanity_check import randomized_weights_correlation
+
+COLUMNS = {
+    "accuracy": "Accuracy",
+    "deletion_auc": "AUC (lower is better)",
+    "random_auc": "AUC, random order",
+    "insertion_auc": "Insertion AUC (higher is better)",
+    "gap": "Gap (higher is better)",
+}
+CLASS_COLUMNS = {
+    "class_two": "Class II (%)",
+    "early_peaks": "of these, peak before 50 % masked (%)",
+    "recovered": "wrong, right when masked (%)",
+    "random_weights": "Rank correlation with random weights",
+}
+_SANITY_IMAGES = 500
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Evaluate, write, print; what a user can get wrong ends the process with one line and exit code 2."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    options.fill, options.attribution = (list(dict.fromkeys(v)) for v in (options.fill, options.attribution))
+    if len(options.fill) < 2:
+        parser.error("--fill must name at least two: the fill moves the AUC as much as a training method does")
+    output = options.output or Path(f"runs/faithfulness-{Path(options.checkpoint).name}")
+    try:
+        test = load_test_images(options)
+        checkpoint = load_checkpoint(options.checkpoint, test, options.device)
+        return evaluate(checkpoint, test, options, output)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def make_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="Folder or Hub id of a trained image classifier.")
+    parser.add_argument("--dataset", required=True, help='Hub id, local directory, or "digits".')
+    parser.add_argument("--convention", choices=PRESETS, default="default", help="Preset (default: default).")
+    parser.add_argument("--attribution", nargs="+", choices=get_args(Method), default=["gradient"])
+    parser.add_argument("--fill", nargs="+", choices=get_args(Fill), default=["corner", "mean"], help="At least two.")
+    parser.add_argument("--steps", type=int, help="Even steps of the curves (default: the convention's).")
+    parser.add_argument("--max_eval_samples", type=int, help="This many test images, always the same ones.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Images per forward pass (default 256).")
+    parser.add_argument("--seed", type=int, default=0, help="Of random order, noise and random weights (default 0).")
+    parser.add_argument("--output", type=Path, help="Folder to write to (default: runs/faithfulness-CHECKPOINT).")
+    parser.add_argument("--image_column", help="Column of the images, where it is ambiguous.")
+    parser.add_argument("--label_column", help="Column of the labels, where it is ambiguous.")
+    parser.add_argument("--convert_rgb", action="store_true", help="Three channels for grey images.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
+    return parser
+
+
+def load_test_images(options: argparse.Namespace) -> DecodedImages:
+    """The decoded images of the held-out split."""
+    splits = load_image_dataset(options.dataset, image_column=options.image_column, label_column=options.label_column)
+    splits = limit(splits, {"test": options.max_eval_samples})
+    return DecodedImages(decode_images(splits, convert_rgb=options.convert_rgb)["test"])
+
+
+def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Namespace, output: Path) -> Results:
+    """Measure everything, write results.json, table and figures, print the tables."""
+    measured: dict[Convention, Faithfulness] = {}
+    found: dict[str, ImageClasses] = {}
+    rows, class_rows = [], []
+    for attribution in options.attribution:
+        for fill in options.fill:
+            convention = resolve_convention(options.convention, attribution, options.steps, fill)
+            print(f"{attribution}, {fill} fill: {len(test)} images", flush=True)
+            measured[convention] = measure(checkpoint, test, convention, options)
+            rows.append(faithfulness_row(attribution, {options.seed: measured[convention]}))
+        first = resolve_convention(options.convention, attribution, options.steps, options.fill[0])
+        found[attribution] = find_image_classes(
+            checkpoint.model,
+            test,
+            convention=first,
+            input_pipeline=checkpoint.pipeline,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+        class_rows.append(class_row(checkpoint, test, found[attribution], options))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    environment = describe_environment(options.device)
+    results = Results("evaluate_faithfulness", settings, environment, [*rows, *class_rows])
+    output.mkdir(parents=True, exist_ok=True)
+    results.save(output / "results.json")
+    draw(measured, found, test, options.seed, output)
+    tables = [Results("", {}, {}, part).markdown_table(c) for part, c in ((rows, COLUMNS), (class_rows, CLASS_COLUMNS))]
+    (output / "table.md").write_text("\n".join(tables), encoding="utf-8")
+    print(f"\n{tables[0]}\n{tables[1]}\nwritten to {output}: results.json, table.md and figures")
+    return results
+
+
+def measure(
+    checkpoint: Checkpoint, test: DecodedImages, convention: Convention, options: argparse.Namespace
+) -> Faithfulness:
+    """All curves by one convention."""
+    return evaluate_faithfulness(
+        checkpoint.model,
+        test,
+        convention=convention,
+        input_pipeline=checkpoint.pipeline,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def class_row(checkpoint: Checkpoint, test: DecodedImages, found: ImageClasses, options: argparse.Namespace) -> Row:
+    """Image classes and sanity check of one attribution."""
+    convention, seed = found.convention, options.seed
+    subset = DecodedImages(test.dataset.select(range(min(len(test), _SANITY_IMAGES))))
+    check = randomized_weights_correlation(
+        checkpoint.model,
+        subset,
+        convention.attribution,  # type: ignore[arg-type]  # one of the choices
+        score=convention.score or "logit",
+        signed=bool(convention.signed),
+        input_pipeline=checkpoint.pipeline,
+        batch_size=options.batch_size,
+        seed=seed,
+    )
+    values: dict[str, Any] = {
+        "class_two": (found.share, "percent"),
+        "early_peaks": (found.share_of_early_peaks, "percent of class II"),
+        "recovered": (found.share_recovered, "percent"),
+        "random_weights": (float(check.mean[-1]), "rank correlation"),
+    }
+    metrics = {
+        name: Measurement({seed: value}, unit)
+        for name, (value, unit) in values.items()
+        if value is not None and value == value
+    }
+    details = {
+        "image_classes": found.to_dict(),
+        "random_weights": {"images": check.n, "undefined": int(check.undefined[-1])},
+    }
+    return Row(f"{convention.attribution}: image classes, random weights", metrics, convention.to_dict(), details)
+
+
+def draw(
+    measured: dict[Convention, Faithfulness],
+    found: dict[str, ImageClasses],
+    test: DecodedImages,
+    seed: int,
+    output: Path,
+) -> None:
+    """The curves by all fills, and the two example images, of every attribution."""
+    for attribution, classes in found.items():
+        own = {c: {attribution: {seed: result}} for c, result in measured.items() if c.attribution == attribution}
+        draw_curves(own, output / f"curves_{attribution}.png")
+        draw_image_classes(classes, examples(classes, test), output / f"classes_{attribution}.png")
+
+
+def examples(found: ImageClasses, test: DecodedImages) -> dict[str, Example]:
+    """The surest right image of class I, and the one of class II that gains most, preferably one made right."""
+    sure = found.probability[:, 0].masked_fill(found.is_class_two | ~found.is_correct[:, 0], -1.0)
+    becomes_right = found.is_correct.any(dim=1) & found.is_class_two
+    gain = found.gain.masked_fill(~becomes_right, -1.0) if bool(becomes_right.any()) else found.gain
+    chosen = {"Class I": int(sure.argmax()), "Class II": int(gain.argmax())}
+    is_there = {"Class I": float(sure.max()) >= 0, "Class II": bool(found.is_class_two.any())}
+    shown = {}
+    for name, row in chosen.items():
+        if is_there[name]:
+            sample = test[int(found.sample_idx[row])]
+            picture = sample["pixel_values"].permute(1, 2, 0) / 255
+            shown[name] = Example(picture, test.label_names[sample["labels"]], row)
+    return shown
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The record of a training run: what was trained, with which seed, data and settings, and what came of K."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from command_line import RecipeArguments
+from safetensors.torch import load_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from smoot_hf import SmootTrainer, SmootTrainingArguments
+from smoot_hf.trainer import MASK_BUDGET_NAME
+
+RECORD_NAME = "run.json"
+METHODS = ("standard", "sgt", "smoot")
+
+# Where and how a run is carried out, and what is looked at afterwards: none of it changes the trained weights.
+_NO_SETTINGS = {
+    *("method", "seed", "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "log_level"),
+    *("do_eval", "eval_strategy", "save_strategy", "save_total_limit", "logging_strategy", "max_eval_samples"),
+    *("per_device_eval_batch_size", "resume_from_checkpoint", "remove_unused_columns", "hub_token"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "accelerator_config", "fsdp_config"),
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is known of a run; written when training begins, and again when it has ended.
+
+    Attributes:
+        method: "standard", "sgt" or "smoot".
+        seed: of the initial weights and of all randomness of training.
+        settings: the arguments that differ from the library's defaults; `None` where nothing recorded them.
+        dataset_fingerprint: of the training set; `None` as above.
+        k: "k_min", "k_median" and "k_max" at the end, in pixels; `None` for standard training.
+        train_seconds: wall-clock time of training; `None` where nothing recorded it.
+        is_finished: whether training has ended.
+    """
+
+    method: str
+    seed: int
+    settings: dict[str, Any] | None = None
+    dataset_fingerprint: str | None = None
+    k: dict[str, float] | None = None
+    train_seconds: float | None = None
+    is_finished: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        return f"{self.method}-seed{self.seed}"
+
+    def save(self, folder: str | Path) -> None:
+        """Write `run.json` into the run's folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        (Path(folder) / RECORD_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the record, or make one from the folder's name and its last checkpoint.
+
+        Raises:
+            ValueError: no run, or one whose method and seed cannot be told.
+        """
+        path = folder / RECORD_NAME
+        try:
+            if path.is_file():
+                return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds no finished run: no {RECORD_NAME}, no config.json")
+        method, seed = re.search(r"standard|sgt|smoot", folder.name), re.search(r"seed[-_]?(\d+)", folder.name)
+        if method is None or seed is None:
+            raise ValueError(f"{folder} has no {RECORD_NAME}: its name must say method and seed, as in smoot-seed0")
+        return cls(method.group(), int(seed.group(1)), k=_k_of_checkpoint(folder))
+
+    @classmethod
+    def of(
+        cls,
+        trainer: SmootTrainer,
+        args: SmootTrainingArguments,
+        recipe: RecipeArguments,
+        train_seconds: float | None = None,
+    ) -> Self:
+        """The record of the run that `trainer` is about to begin or, where `train_seconds` are known, has finished."""
+        budget = trainer.mask_budget
+        return cls(
+            method=args.method,
+            seed=args.seed,
+            settings=settings_of(args, recipe),
+            dataset_fingerprint=getattr(trainer.train_dataset, "fingerprint", None),
+            k=None if budget is None else budget.statistics(),
+            train_seconds=train_seconds,
+            is_finished=train_seconds is not None,
+        )
+
+
+def settings_of(args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, Any]:
+    """What decides the weights, beside method and seed: the arguments that differ from the library's defaults."""
+    # Compared with the fields, not with a second instance: that would reset accelerate's state below a trainer's feet.
+    values = {**dataclasses.asdict(recipe), **args.to_dict()}
+    kept = {
+        f.name: values[f.name]
+        for f in (*dataclasses.fields(recipe), *dataclasses.fields(args))
+        if f.name in ("dataset", "model")
+        or (f.name not in _NO_SETTINGS and (values[f.name] or None) != (_plain(f) or None))
+    }
+    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+
+
+def _plain(f: dataclasses.Field) -> Any:
+    """The default of a field."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def difference(recorded: dict[str, Any] | None, asked: dict[str, Any] | None) -> str | None:
+    """The first setting in which a run is not what is asked for, in words; `None` where it is, or nobody knows.
+
+    The name of the data set is left out: the same images may lie in several places, and their fingerprint tells.
+    """
+    if recorded is None or asked is None:
+        return None
+    for name in sorted((recorded.keys() | asked.keys()) - {"dataset"}):
+        if recorded.get(name) != asked.get(name):
+            return f"{name}={recorded.get(name, 'default')}, not {asked.get(name, 'default')}"
+    return None
+
+
+def _k_of_checkpoint(folder: Path) -> dict[str, float] | None:
+    checkpoint = get_last_checkpoint(str(folder))
+    path = None if checkpoint is None else Path(checkpoint) / MASK_BUDGET_NAME
+    if path is None or not path.is_file():
+        return None
+    k = load_file(path)["k"].double()
+    return {"k_min": float(k.min()), "k_median": float(k.quantile(0.5)), "k_max": float(k.max())}

@@ -1,0 +1,108 @@
+"""The verdict: whether one training method's area is lower than another's by more than the noise."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from smoot_hf import Faithfulness, compare_faithfulness
+from smoot_hf.comparison import PairedDifference
+from smoot_hf.results import Measurement, Row
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 30 on the last serves, a little too wide.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Deletion AUC of the first method minus that of the second, seed by seed; negative: the first is better.
+
+    Attributes:
+        first: a training method.
+        second: another.
+        by_seed: seed -> paired difference over the images of the two models of that seed; at least one.
+    """
+
+    first: str
+    second: str
+    by_seed: Mapping[int, PairedDifference]
+
+    @property
+    def measurement(self) -> Measurement:
+        """The differences, one per seed."""
+        return Measurement({seed: paired.difference for seed, paired in self.by_seed.items()}, "percent")
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the mean difference over seeds, by Student's t; `None` for a single seed."""
+        values = list(self.measurement.values.values())
+        if len(values) < 2:
+            return None
+        half = _T[min(len(values) - 2, len(_T) - 1)] * statistics.stdev(values) / len(values) ** 0.5
+        mean = statistics.fmean(values)
+        return mean - half, mean + half
+
+    @property
+    def outcome(self) -> Literal["lower", "higher", "not to be told apart", "unknown"]:
+        """Of the first method's area, beyond the noise of the seeds; "unknown" with a single seed."""
+        if self.interval is None:
+            return "unknown"
+        low, high = self.interval
+        return "lower" if high < 0 else "higher" if low > 0 else "not to be told apart"
+
+    @property
+    def pairs(self) -> str:
+        """How many of the seeds' pairs of models the test images alone tell apart."""
+        intervals = [paired.interval for paired in self.by_seed.values() if paired.interval is not None]
+        lower, higher = sum(high < 0 for _, high in intervals), sum(low > 0 for low, _ in intervals)
+        return f"{lower} lower, {higher} higher of {len(self.by_seed)}"
+
+    @property
+    def interval_text(self) -> str:
+        """The interval in words."""
+        return "–" if self.interval is None else f"{self.interval[0]:+.2f} to {self.interval[1]:+.2f}"
+
+    def sentence(self) -> str:
+        """In words, with the numbers that it rests on."""
+        return (
+            f"AUC of {self.first} minus {self.second}: {self.measurement.format()}, 95 % interval over seeds "
+            f"{self.interval_text}: {self.outcome} (image by image: {self.pairs} pairs)"
+        )
+
+    def to_row(self, convention: Mapping[str, object]) -> Row:
+        """A row of `results.json`, the intervals over the images in its details."""
+        details = {
+            str(seed): {
+                "interval": paired.interval and list(paired.interval),
+                "lower": paired.lower,
+                "higher": paired.higher,
+                "n": paired.n,
+            }
+            for seed, paired in self.by_seed.items()
+        }
+        interval = self.interval and list(self.interval)
+        return Row(
+            f"{self.first} minus {self.second}",
+            {"deletion_auc_difference": self.measurement},
+            convention,
+            {"interval_over_seeds": interval, "by_seed": details, "sentence": self.sentence()},
+        )
+
+
+def judge(measured: Mapping[str, Mapping[int, Faithfulness]]) -> list[Verdict]:
+    """Every later method against every earlier one, on the seeds that both have.
+
+    Args:
+        measured: method -> seed -> measurement, all by one convention.
+    """
+    verdicts = []
+    for second, first in combinations(measured, 2):
+        seeds = sorted(measured[first].keys() & measured[second].keys())
+        by_seed = {seed: compare_faithfulness(measured[first][seed], measured[second][seed]) for seed in seeds}
+        if by_seed:
+            verdicts.append(Verdict(first, second, by_seed))
+    return verdicts
