@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from smoot_hf import PaperCnnConfig, PaperCnnForImageClassification, SmootTrainer, SmootTrainingArguments
+from smoot_hf.masked_step import masked_step
 
 SIZE, CHANNELS, CLASSES = 8, 3, 4
 
@@ -143,3 +144,24 @@ def largest_difference(one, other):
     """Over all tensors, relative to the largest entry of each (at least 1e-3: some gradients are rounding alone)."""
     assert one.keys() == other.keys()
     return max(((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-3)).item() for n in one)
+
+
+class StepRecorder:
+    """Keeps what `masked_step` was given and what it gave."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        monkeypatch.setattr("smoot_hf.trainer.masked_step", self)
+
+    def __call__(self, model, images, labels, sample_idx, k, epoch, args, **others):
+        step = masked_step(model, images, labels, sample_idx, k, epoch, args, **others)
+        self.calls.append(
+            {"images": images, "labels": labels, "sample_idx": sample_idx, "k": k, "epoch": epoch, "step": step}
+        )
+        return step
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Everything that the steps of a training were given and gave."""
+    return StepRecorder(monkeypatch)
