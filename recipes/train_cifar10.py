@@ -2,8 +2,10 @@
 
     accelerate launch recipes/train_cifar10.py [--dataset DIRECTORY] [--model DIRECTORY] [--method smoot|sgt|standard]
 
-Time: TO-MEASURE.
-Expected: TO-MEASURE test accuracy; K min/median/max TO-MEASURE of 1,024 pixels.
+Time: 4 minutes for 300 steps of the CNN on two CPU cores; the paper trains DeiT-tiny for 100 epochs on a GPU.
+Expected, n = 1, 2,000 test images: the CNN (--model cnn --saliency_score log_prob) 24.3 % after 200 steps as below, and
+56.0 % after 300 steps with --optimizer trainer --learning_rate 1e-3; K min/median/max 512 / 512 / 512 and
+504 / 512 / 518 of 1,024 pixels. DeiT-tiny from pretrained weights: not measured yet.
 
 Settings that differ from the library's defaults, and why:
 

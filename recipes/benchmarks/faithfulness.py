@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/faithfulness.py [--models cnn deit-tiny] [--images 1000] [--repeats 5] [--out FILE.json]
 
-Time: TO-MEASURE for the defaults on two CPU cores; `--images 256 --batch_size 64` takes a minute for the CNN. The
+Time: not measured for the defaults; `--images 256 --batch_size 64` takes a minute for the CNN on two CPU cores. The
 peers are optional:
 
     pip install "torchcam==0.5.*" "quantus==0.6.*"
