@@ -18,7 +18,14 @@ torch.set_num_threads(1)
 
 import pytest
 from torch.utils.data import Dataset
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from smoot_hf import PaperCnnConfig, PaperCnnForImageClassification, SmootTrainer, SmootTrainingArguments
 from smoot_hf.masked_step import masked_step
@@ -75,7 +82,16 @@ def tiny_cnn(**overrides):
     return PaperCnnForImageClassification(PaperCnnConfig(**settings))
 
 
-MODELS = {"vit": tiny_vit, "resnet": tiny_resnet, "cnn": tiny_cnn}
+def tiny_timm(**overrides):
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": CLASSES,
+        "model_args": {"img_size": SIZE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    }
+    return TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(config | overrides))
+
+
+MODELS = {"vit": tiny_vit, "resnet": tiny_resnet, "cnn": tiny_cnn, "timm": tiny_timm}
 
 
 def build(name, **overrides):

@@ -30,7 +30,7 @@ def test_logs_are_averages_over_the_window(quick_trainer, recorder):
     json.dumps(trainer.state.log_history)
 
 
-@pytest.mark.parametrize("name", ["vit", "cnn"])
+@pytest.mark.parametrize("name", ["vit", "cnn", "timm"])
 def test_a_resumed_training_is_the_uninterrupted_one(name, quick_trainer, tmp_path):
     """Catches K, first visits, fill or dropout that depend on where training was interrupted (in mid-epoch)."""
     settings = {"save_strategy": "steps", "save_steps": 4, "step_size": 500, "max_steps": 8}

@@ -12,7 +12,7 @@ def plain_trainer(tmp_path, name, length=24, **overrides):
 
 
 @pytest.mark.parametrize("length", [24, 21])
-@pytest.mark.parametrize("name", ["vit", "resnet", "cnn"])
+@pytest.mark.parametrize("name", ["vit", "resnet", "cnn", "timm"])
 def test_standard_training_is_the_plain_trainers_to_the_last_bit(name, length, tmp_path, quick_trainer):
     """Catches a look at the data that moves the random state, another normalisation, another order of samples."""
     plain = plain_trainer(tmp_path, name, length)
@@ -34,13 +34,13 @@ def test_accumulation_of_four_is_the_plain_trainers_on_vit(tmp_path, quick_train
 
 
 @pytest.mark.parametrize("method", ["standard", "sgt", "smoot"])
-@pytest.mark.parametrize("name", ["vit", "resnet_without_batchnorm"])
+@pytest.mark.parametrize("name", ["vit", "timm", "resnet_without_batchnorm"])
 def test_accumulation_of_four_is_the_fourfold_batch(name, method, quick_trainer):
     """Catches an inflated loss: the stock Trainer's on ResNet, whose loss is a mean of every micro-batch."""
     final = {}
     for accumulation in (1, 4):
         model = build(name.split("_")[0])
-        if name != "vit":
+        if name == "resnet_without_batchnorm":
             freeze_batch_statistics(model)
         trainer = quick_trainer(
             model, method=method, gradient_accumulation_steps=accumulation,
