@@ -1,12 +1,12 @@
 """Model state: an evaluation leaves the model and the random generators as it found them."""
 
 import contextlib
-import random
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import nn
+
+from .random_state import random_state_kept
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -35,10 +35,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     weights = [(parameter, parameter.data) for parameter in model.parameters() if _is_convolution_on_cpu(parameter)]
-    device = model_device(model)
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with random_state_kept(model_device(model)):
             # An attribution of the caller's may run backward(): it must not add to gradients that are waiting.
             for parameter, _ in gradients:
                 parameter.grad = None
@@ -53,5 +51,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.data = values
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002

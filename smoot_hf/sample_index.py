@@ -1,11 +1,8 @@
 """The index of a sample on its way from the training set to the loss, past any collator."""
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -126,15 +123,3 @@ class IndexedCollator:
             f"{self.label_name!r} must lie in [0, {self.num_labels - 1}], the model's classes; training sample "
             f"{bad[0][0]} has {bad[0][1]}. Build the model with num_labels= the number of classes of the data"
         )
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave Python's, NumPy's and torch's CPU random state as it was: a look at the data must not change a run."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - user transforms use it
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002

@@ -18,8 +18,9 @@ from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
 from .masked_step import logits_of, masked_step
+from .random_state import random_state_kept
 from .refusals import refuse_unsupported
-from .sample_index import SAMPLE_IDX, random_state_kept
+from .sample_index import SAMPLE_IDX
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 
