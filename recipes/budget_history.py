@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from run_record import write_whole
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smoot_hf import SmootTrainer
@@ -52,7 +53,7 @@ class BudgetHistory:
 
     def save(self, folder: str | Path) -> None:
         """Write `k_history.json`."""
-        (Path(folder) / HISTORY_NAME).write_text(json.dumps(vars(self)) + "\n", encoding="utf-8")
+        write_whole(Path(folder) / HISTORY_NAME, json.dumps(vars(self)) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self | None:

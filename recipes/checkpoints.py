@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-from transformers.trainer_utils import get_last_checkpoint
 
 import smoot_hf.models  # noqa: F401 - makes the paper's CNN known to the Auto classes
 from smoot_hf import InputPipeline
 from smoot_hf.data import DecodedImages
+from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 
 class Checkpoint(NamedTuple):
@@ -34,7 +34,7 @@ def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) 
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        name = get_last_checkpoint(name) or name
+        name = newest_whole_checkpoint(name) or name
     try:
         model = AutoModelForImageClassification.from_pretrained(name).eval().to(device)
         processor = AutoImageProcessor.from_pretrained(name)

@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-from transformers.trainer_utils import get_last_checkpoint
 
 from smoot_hf import InputPipeline
 from smoot_hf import functional as SF
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
 from smoot_hf.trainer import MASK_BUDGET_NAME
+from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 ROWS = ("image", "saliency", "least salient K", "masked")
 
 
 def panels(run: Path, dataset: str, count: int) -> tuple[list[tuple[str, Tensor]], Tensor, list[str]]:
     """(name, (count, H, W, C) images in [0, 1] or (count, H, W) signed saliency) of each row; K; the labels' names."""
-    checkpoint = get_last_checkpoint(str(run))
+    checkpoint = newest_whole_checkpoint(run)
     if checkpoint is None or not (Path(checkpoint) / MASK_BUDGET_NAME).is_file():
         raise SystemExit(f"error: {run} holds no checkpoint with {MASK_BUDGET_NAME}: train it with recipes/train*.py")
     model = AutoModelForImageClassification.from_pretrained(checkpoint).eval()

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from command_line import RecipeArguments, make_parser, parse
 from run_record import METHODS, RECORD_NAME, RunRecord, difference, settings_of
 from train import make_trainer, prepare, train
-from transformers.trainer_utils import get_last_checkpoint
 
 from smoot_hf import SmootTrainingArguments
 from smoot_hf.data import DecodedImages
+from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 
 class Run(NamedTuple):
@@ -114,7 +114,7 @@ def train_missing(plans: Sequence[Plan]) -> list[Run]:
         if is_finished:
             continue
         if folder in known:
-            args.resume_from_checkpoint = get_last_checkpoint(str(folder))
+            args.resume_from_checkpoint = True if newest_whole_checkpoint(folder) else None
         task = prepare(args, recipe)
         train(make_trainer(task, args, recipe), args, recipe)
     # The first process alone writes the records, and goes on to read them.

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from command_line import RecipeArguments
 from safetensors.torch import load_file
-from transformers.trainer_utils import get_last_checkpoint
 
 from smoot_hf import SmootTrainer, SmootTrainingArguments
 from smoot_hf.trainer import MASK_BUDGET_NAME
+from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 RECORD_NAME = "run.json"
 METHODS = ("standard", "sgt", "smoot")
@@ -57,7 +57,7 @@ class RunRecord:
         """Write `run.json` into the run's folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        (Path(folder) / RECORD_NAME).write_text(text, encoding="utf-8")
+        write_whole(Path(folder) / RECORD_NAME, text)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -100,6 +100,13 @@ class RunRecord:
         )
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all: a run that is killed here must be able to go on."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
 def settings_of(args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, Any]:
     """What decides the weights, beside method and seed: the arguments that differ from the library's defaults."""
     # Compared with the fields, not with a second instance: that would reset accelerate's state below a trainer's feet.
@@ -132,7 +139,7 @@ def difference(recorded: dict[str, Any] | None, asked: dict[str, Any] | None) ->
 
 
 def _k_of_checkpoint(folder: Path) -> dict[str, float] | None:
-    checkpoint = get_last_checkpoint(str(folder))
+    checkpoint = newest_whole_checkpoint(folder)
     path = None if checkpoint is None else Path(checkpoint) / MASK_BUDGET_NAME
     if path is None or not path.is_file():
         return None

@@ -12,7 +12,6 @@ What departs from the library's defaults, and why: 256 images a batch and an eva
 which the last is kept; nothing is reported to a tracker unless --report_to says so.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,11 +23,11 @@ from command_line import RecipeArguments, make_parser, parse
 from datasets import DatasetDict
 from run_record import RunRecord
 from transformers import EvalPrediction, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
 from smoot_hf.models import load_image_processor, load_model
+from smoot_hf.whole_checkpoints import find_damage, newest_whole_checkpoint
 
 
 class Task(NamedTuple):
@@ -69,23 +68,26 @@ def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None =
     return train(trainer, args, recipe)
 
 
-def checkpoint_to_resume(args: SmootTrainingArguments) -> str | None:
-    """The folder that --resume_from_checkpoint names; of "true" or "last" the newest in the output folder.
+def checkpoint_to_resume(args: SmootTrainingArguments) -> str | bool | None:
+    """The folder that --resume_from_checkpoint names; of "true" or "last" `True`: the newest whole one of this run.
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no checkpoint, or not all of it.
     """
     named = args.resume_from_checkpoint
     if named is None:
         return None
-    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    folder = newest if str(named).lower() in ("true", "last") else str(named)
-    if folder is None or not os.path.isfile(os.path.join(folder, "trainer_state.json")):
+    if str(named).lower() not in ("true", "last"):
+        damage = find_damage(named)
+        wrong = None if damage is None else f"no checkpoint in {named}: {damage}"
+    else:
+        named, found = True, newest_whole_checkpoint(args.output_dir)
+        wrong = None if found else f"no checkpoint in {args.output_dir}"
+    if wrong is not None:
         raise ValueError(
-            f"resume_from_checkpoint={named!r}: no checkpoint in {folder or args.output_dir}; leave the flag away to "
-            "start afresh"
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: {wrong}; leave the flag away to start afresh"
         )
-    return folder
+    return named
 
 
 def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:

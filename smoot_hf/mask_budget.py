@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +21,9 @@ logger = logging.get_logger(__name__)
 # Below this share of the image a step of mu pixels moves K by too little to matter within a training.
 _NEGLIGIBLE_STEP = 1 / 400
 _FORMAT = "smoot_hf.mask_budget/1"
+# What a K stands for: so many pixels, by this ranking, may be replaced in this way. How it moves (step_size, alpha and
+# so on) may be changed when training is resumed, as the learning rate may.
+_MEANING = ("saliency_score", "signed_saliency", "saliency_target", "mask_fill")
 
 
 def pixels_of_ratio(mask_ratio: float, image_size: tuple[int, int]) -> int:
@@ -43,6 +47,7 @@ class MaskBudget:
         mask_ratio_max: upper bound of K as a fraction of H*W.
         device: where K lives; reading and updating take indices on that device.
         dataset_fingerprint: identifies the training set (`smoot_hf.fingerprint`), `None` where nothing does.
+        meaning: by name, the arguments that say which pixels K counts; a saved budget must share them.
 
     Raises:
         ValueError: N is below 1, or the ratios are not 0 <= min <= initial <= max <= 1.
@@ -57,6 +62,7 @@ class MaskBudget:
         mask_ratio_max: float = 0.8,
         device: torch.device | str = "cpu",
         dataset_fingerprint: str | None = None,
+        meaning: Mapping[str, Any] | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -70,6 +76,7 @@ class MaskBudget:
         self.k_min = pixels_of_ratio(mask_ratio_min, self.image_size)
         self.k_max = pixels_of_ratio(mask_ratio_max, self.image_size)
         self.dataset_fingerprint = dataset_fingerprint
+        self.meaning = dict(meaning or {})
         self.epoch: int | None = None
         initial = pixels_of_ratio(mask_ratio, self.image_size)
         # K >= 0: has not moved in this epoch. Negative: has moved, and K is the complement.
@@ -96,6 +103,7 @@ class MaskBudget:
             args.mask_ratio_max if adapts else args.mask_ratio,
             args.device,
             dataset_fingerprint,
+            {name: getattr(args, name) for name in _MEANING},
         )
         height, width = budget.image_size
         share = args.step_in_pixels(budget.image_size) / (height * width)
@@ -184,6 +192,7 @@ class MaskBudget:
             "k_min": self.k_min,
             "k_max": self.k_max,
             "dataset_fingerprint": self.dataset_fingerprint,
+            **self.meaning,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -194,7 +203,8 @@ class MaskBudget:
         k, has_moved = self.k.cpu(), (self._stored < 0).cpu()
         metadata = {name: str(value) for name, value in self._identity().items()}
         metadata |= {"format": _FORMAT, "epoch": str(self.epoch), "sha256": _digest(k, has_moved)}
-        unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        # One name: what a killed process left behind is written over.
+        unfinished = f"{os.fspath(path)}.tmp"
         try:
             save_file({"k": k, "has_moved": has_moved}, unfinished, metadata=metadata)
             os.replace(unfinished, path)
@@ -221,7 +231,8 @@ class MaskBudget:
                 "file to start K afresh"
             ) from error
         self._require_identity(metadata, path)
-        if k.shape != (self.num_samples,) or metadata.get("sha256") != _digest(k, has_moved):
+        is_whole = k.shape == (self.num_samples,) and metadata.get("sha256") == _digest(k, has_moved)
+        if not is_whole or k.min() < self.k_min or k.max() > self.k_max:
             raise ValueError(f"the mask budget {path} is damaged; resume from an earlier checkpoint")
         self._stored.copy_(torch.where(has_moved, ~k, k))
         counts = torch.bincount(k - self.k_min, minlength=len(self._histogram))
@@ -231,11 +242,12 @@ class MaskBudget:
     def _require_identity(self, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
         for name, value in self._identity().items():
             saved = metadata.get(name)
-            if saved == str(value) or (name == "dataset_fingerprint" and "None" in (saved, str(value))):
+            is_unknown = saved in (None, "None") or value is None
+            if saved == str(value) or (is_unknown and name in ("dataset_fingerprint", *_MEANING)):
                 continue
             raise ValueError(
                 f"the mask budget {path} belongs to another training set or other settings: {name} is {saved} there "
-                f"and {value} here. Resume with the same data, method and mask ratios, or delete it to start K afresh"
+                f"and {value} here. Resume with the same data, method, mask and saliency, or delete it: K starts afresh"
             )
 
     def __repr__(self) -> str:

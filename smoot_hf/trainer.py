@@ -11,7 +11,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from . import functional as SF
-from .checkpoint_weights import has_other_names, load_translated
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
 from .indexed_trainer import IndexedTrainer
@@ -20,6 +19,7 @@ from .mask_budget import MaskBudget
 from .masked_step import logits_of, masked_step
 from .random_state import random_state_kept
 from .refusals import refuse_unsupported
+from .resumable_trainer import ResumableTrainer
 from .sample_index import SAMPLE_IDX
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
@@ -35,7 +35,7 @@ _NO_INDEX = (
 )
 
 
-class SmootTrainer(IndexedTrainer):
+class SmootTrainer(IndexedTrainer, ResumableTrainer):
     """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
 
     Takes the place of `transformers.Trainer` for any image classifier whose output has `logits`. The trainer itself
@@ -122,19 +122,6 @@ class SmootTrainer(IndexedTrainer):
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
             self.mask_budget = self._fresh_mask_budget()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if has_other_names(self.model, resume_from_checkpoint):
-            load_translated(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if has_other_names(self.model, best):
-            load_translated(self.model, best)
-        else:
-            super()._load_best_model()
 
     # --- the step --------------------------------------------------------------------------------------------------
 

@@ -196,7 +196,7 @@ def test_second_call_trains_nothing_and_an_unfinished_run_alone_goes_on(here, re
     record.write_text(json.dumps({**content, "is_finished": False}))
     compare.main(COMPARE)
     assert [(args.method, args.seed) for args in trained] == [("smoot", 1)]
-    assert "checkpoint-" in trained[0].resume_from_checkpoint
+    assert trained[0].resume_from_checkpoint is True
     assert json.loads(record.read_text())["is_finished"]
 
 
