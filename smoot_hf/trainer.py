@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from . import functional as SF
+from .budget_moves import BudgetMoves
 from .checkpoint_weights import has_other_names, load_translated
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
@@ -78,6 +79,8 @@ class SmootTrainer(IndexedTrainer):
         self.label_names = self.label_names or ["labels"]
         self._log_window = LogWindow()
         self._budgeted_dataset: Any = None
+        self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
+        self.add_callback(self._budget_moves)
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
             self.mask_budget = self._fresh_mask_budget()
@@ -105,6 +108,7 @@ class SmootTrainer(IndexedTrainer):
             else:
                 self.mask_budget.forget_visits()
         self._log_window = LogWindow()
+        self._budget_moves.forget()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -222,21 +226,22 @@ class SmootTrainer(IndexedTrainer):
             other_inputs=others,
             saliency_model=self.model,
         )
-        moved = self._move_budget(budget, sample_idx, step.delta)
-        self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta, k_up=moved > 0, k_down=moved < 0)
+        self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
         ce_loss = self._classification_loss(step.outputs, labels, step.ce, num_items_in_batch)
-        return ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch), step.outputs
+        loss = ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch)
+        self._budget_moves.add(sample_idx, step.delta, loss)
+        return loss, step.outputs
 
     def _resize(self, images: Tensor) -> Tensor:
         return images if self.input_pipeline is None else self.input_pipeline.resize(images)
 
-    def _move_budget(self, budget: MaskBudget, sample_idx: Tensor, delta: Tensor) -> Tensor:
-        """Move K on every process by what all of them saw, so that it stays the same everywhere."""
-        if self.args.method == "sgt":
-            return torch.zeros_like(sample_idx)
-        if self.accelerator.num_processes > 1:
-            sample_idx, delta = self.accelerator.gather((sample_idx, delta))
-        return budget.update(sample_idx, delta, self.args.step_in_pixels(budget.image_size), self.args.rounding)
+    def _move_budget(self, sample_idx: Tensor, delta: Tensor) -> None:
+        """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""
+        budget = self.mask_budget
+        assert budget is not None
+        step_size = self.args.step_in_pixels(budget.image_size)
+        moved = budget.update(sample_idx, delta, step_size, self.args.rounding)
+        self._log_window.add(k_up=moved > 0, k_down=moved < 0)
 
     def _classification_loss(
         self, outputs: Any, labels: Tensor, ce: Tensor, num_items_in_batch: Tensor | int | None
