@@ -20,8 +20,9 @@ from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
 from .masked_step import logits_of, masked_step
 from .random_state import random_state_kept
-from .refusals import refuse_unsupported
-from .sample_index import SAMPLE_IDX
+from .refusals import refuse_evaluation_set, refuse_unsupported
+from .sample_index import SAMPLE_IDX, check_class_labels
+from .saving_trainer import SavingTrainer, make_output_dir, require_whole
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 
@@ -36,7 +37,7 @@ _NO_INDEX = (
 )
 
 
-class SmootTrainer(IndexedTrainer):
+class SmootTrainer(IndexedTrainer, SavingTrainer):
     """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
 
     Takes the place of `transformers.Trainer` for any image classifier whose output has `logits`. The trainer itself
@@ -56,6 +57,7 @@ class SmootTrainer(IndexedTrainer):
 
     Raises:
         ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
+        SaveError: the output folder cannot be made.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class SmootTrainer(IndexedTrainer):
             args = SmootTrainingArguments(output_dir="tmp_trainer")
         elif not isinstance(args, SmootTrainingArguments):
             args = SmootTrainingArguments.from_training_arguments(args)
+        make_output_dir(args)
         self.input_pipeline = input_pipeline
         self.mask_budget: MaskBudget | None = None
         super().__init__(model, args, *others, **more)
@@ -128,6 +131,7 @@ class SmootTrainer(IndexedTrainer):
             self.mask_budget = self._fresh_mask_budget()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        require_whole(resume_from_checkpoint)
         if has_other_names(self.model, resume_from_checkpoint):
             load_translated(self.model, resume_from_checkpoint)
         else:
@@ -186,7 +190,10 @@ class SmootTrainer(IndexedTrainer):
         else:
             # In evaluation the pipeline has resized already, as the image processor does.
             outputs = model(pixel_values=self._resize(images) if is_training else images, **inputs)
-            ce = SF.classification_loss(logits_of(outputs), labels, self.args.label_smoothing_factor)
+            logits = logits_of(outputs, len(images), getattr(getattr(self.model, "config", None), "num_labels", None))
+            if not is_training:
+                check_class_labels(labels, logits.shape[1])
+            ce = SF.classification_loss(logits, labels, self.args.label_smoothing_factor)
             loss = self._classification_loss(outputs, labels, ce, num_items_in_batch)
             if is_training:
                 self._log_window.add(ce_loss=ce)
@@ -268,6 +275,7 @@ class SmootTrainer(IndexedTrainer):
 
     def _deletion_auc(self, dataset: Any) -> float:
         """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set."""
+        refuse_evaluation_set(self.args, dataset)
         count = min(self.args.deletion_auc_samples, len(dataset))
         subset = Subset(dataset, [row * len(dataset) // count for row in range(count)])
         return evaluate_faithfulness(
