@@ -14,7 +14,6 @@ from .convention import Convention
 from .functional import counter_uniform
 from .functional.removal import removal_fill
 from .model_state import model_device, model_dtype
-from .sample_index import has_index
 
 # (model, images (B, C, H, W), target (B,)) -> (B, H, W): an attribution of the caller's own.
 AttributionFunction = Callable[[LogitsModel, Tensor, Tensor], Tensor]
@@ -63,7 +62,7 @@ def data_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not has_index(dataset):
+    if not hasattr(dataset, "__len__"):
         raise ValueError(f"dataset must have a length and an index, got a {type(dataset).__name__}: streaming=False")
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one image, got an empty one")
