@@ -39,14 +39,14 @@ class SavingTrainer(Trainer):
         with _writing(output_dir or self.args.output_dir):
             super()._save(output_dir, state_dict)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.init_hf_repo`.
 
         Raises:
             PushError: the Hub cannot be reached, or refuses.
         """
         with _pushing(self.args.hub_model_id or Path(self.args.output_dir).absolute().name, self.args.output_dir):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.push_to_hub`; the model is saved locally before anything else.
