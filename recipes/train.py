@@ -43,7 +43,8 @@ class Task(NamedTuple):
 def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run a recipe: train, evaluate, save, report.
 
-    What a user can get wrong ends the process with one line on stderr and exit code 2, before training starts.
+    What a user can get wrong ends the process with one line on stderr: with exit code 2 before training starts, with 1
+    from then on (a sample that cannot be used, a full disk, a Hub that does not answer).
 
     Args:
         defaults: values of flags that differ from those of this script.
@@ -65,7 +66,12 @@ def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None =
             f"{args.method} on {recipe.dataset}: {len(task.train)} training and {len(task.test)} test images, ", end=""
         )
         print(f"{trainer.accelerator.num_processes} process(es) on {args.device.type}")
-    return train(trainer, args, recipe)
+    try:
+        return train(trainer, args, recipe)
+    except (ValueError, OSError, KeyError) as error:
+        # A KeyError shows its message in quotes.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        parser.error(str(message), code=1)
 
 
 def checkpoint_to_resume(args: SmootTrainingArguments) -> str | bool | None:
@@ -163,12 +169,13 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
-    """Train, evaluate, save model, processor, metrics and the run's record, and print a summary."""
+    """Train, evaluate, save model, processor, metrics and the run's record, print a summary, and push if asked to."""
     trainer.add_callback(RecordBudget(trainer))
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe).save(args.output_dir)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    # Pushed last, when there is nothing left that a failing Hub could keep from being saved.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -178,6 +185,8 @@ def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArg
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe, result.metrics["train_runtime"]).save(args.output_dir)
         print(summary(trainer, args, recipe, metrics))
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return metrics
 
 

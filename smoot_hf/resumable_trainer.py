@@ -33,7 +33,7 @@ class ResumableTrainer(Trainer):
                 )
         elif resume_from_checkpoint and (damage := find_damage(resume_from_checkpoint)):
             raise ValueError(
-                f"{resume_from_checkpoint} is not a whole checkpoint: {damage}. Resume from an earlier one; "
+                f"{resume_from_checkpoint} is not a whole checkpoint: {damage}. Resume from an earlier checkpoint; "
                 "resume_from_checkpoint=True finds the newest that is whole"
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -31,7 +31,7 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     for name in names:
         if not _can_be_read(os.path.join(folder, name)):
-            return f"{name} cannot be read: it is cut short"
+            return f"{name} is damaged: it cannot be read to its end"
     if SAFE_WEIGHTS_INDEX_NAME in names:
         with open(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME), encoding="utf-8") as file:
             missing = sorted(set(json.load(file)["weight_map"].values()) - set(names))

@@ -74,7 +74,7 @@ def test_a_file_cut_short_among_whole_ones_is_damage(run):
         file = folder / "checkpoint-6" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-8])
-        assert find_damage(folder / "checkpoint-6") == f"{name} cannot be read: it is cut short"
+        assert find_damage(folder / "checkpoint-6") == f"{name} is damaged: it cannot be read to its end"
         file.write_bytes(whole)
     assert find_damage(folder / "checkpoint-6") is None
 
