@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .functional import class_score, counter_uniform, input_saliency
+from .functional import channel_mean, class_score, counter_uniform, input_saliency
 
 Method = Literal[
     "gradient", "input_x_gradient", "integrated_gradients", "smooth_grad", "gradient_shap", "deep_lift", "random"
@@ -149,18 +149,14 @@ def attribute(
             return torch.cat([_gradient(model, block, classes, score, signed) for block, classes in blocks])
         with _seeded(images.device, seed, int(sample_idx[0])):
             scores = ScoreModel(model, score)
-            return torch.cat([_reduce(_captum(scores, block, classes, method), signed) for block, classes in blocks])
+            return torch.cat(
+                [channel_mean(_captum(scores, block, classes, method), signed) for block, classes in blocks]
+            )
 
 
 def _gradient(model: LogitsModel, images: Tensor, target: Tensor, score: str, signed: bool) -> Tensor:
     leaf = images.clone().requires_grad_(True)
     return input_saliency(class_score(model(leaf), target, score), leaf, signed)
-
-
-def _reduce(values: Tensor, signed: bool) -> Tensor:
-    """(B, C, H, W) -> (B, H, W), as `input_saliency` does it."""
-    values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
-    return (values if signed else values.abs()).mean(dim=1)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """One step of Algorithm 2 on a batch: saliency, mask, fill, masked forward pass. Needs no Trainer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as SF
+from .clean_pass import CleanPass, forward, loss_pass, shared_pass
 from .training_args import SmootTrainingArguments
 
 
@@ -32,6 +33,8 @@ def masked_step(
     resize: Callable[[Tensor], Tensor] | None = None,
     other_inputs: Mapping[str, Any] | None = None,
     saliency_model: nn.Module | None = None,
+    weights: Sequence[Tensor] | None = None,
+    clean_pass: Callable[..., CleanPass] = shared_pass,
 ) -> MaskedStep:
     """The clean and the masked view of a batch, and what the objective and the budget need of them.
 
@@ -48,86 +51,74 @@ def masked_step(
         args: what the fields of `SmootTrainingArguments` say of saliency, mask, fill and delta.
         resize: differentiable resizing from `images` to the model's input, after the mask.
         other_inputs: further keyword arguments of the model.
-        saliency_model: the module whose modes `saliency_pass="eval"` changes, where `model` wraps it.
+        saliency_model: the module itself, where `model` wraps it (DDP, `torch.compile`): `saliency_pass="eval"`
+            changes its modes, and a compiled `clean_pass` runs it.
+        weights: the trained parameters. With them `kl_gradient="masked"` and `saliency_score="log_prob"` take saliency
+            and gradients from one backward pass of the cross-entropy (`loss_pass`): only the sum or mean of `ce` has a
+            gradient then, and the graph of `outputs` is gone.
+        clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
 
     Raises:
         ValueError: the model's output has no `logits` (B, classes), or they do not carry a gradient.
     """
+    images, inputs = images.detach(), other_inputs or {}
+    network = model if saliency_model is None else saliency_model
+    # The final backward pass ends at the model's input: nobody needs the gradient of the resizing there.
+    leaf = images if resize is None else images.clone().requires_grad_()
+    resized = leaf if resize is None else resize(leaf)
+    pixel_values = resized.detach().requires_grad_()
 
-    def forward(network: nn.Module, view: Tensor) -> Any:
-        return network(pixel_values=view if resize is None else resize(view), **(other_inputs or {}))
-
-    config = getattr(model if saliency_model is None else saliency_model, "config", None)
-    shape = len(images), getattr(config, "num_labels", None)
-
-    leaf = images.detach().requires_grad_()
+    ce = None
     with _random_state_rewound(images.device, enabled=args.shared_dropout):
-        outputs = forward(model, leaf)
-    logits = logits_of(outputs, *shape)
-    if not logits.requires_grad:
-        raise ValueError(
-            "the model's logits carry no gradient, which saliency is: its forward detaches them or runs under "
-            "torch.no_grad()"
-        )
-
-    saliency_logits = logits
+        if args.saliency_pass == "eval":
+            outputs, logits = forward(model, pixel_values.detach(), inputs)
+        elif weights is not None and _loss_gives_saliency(args):
+            (outputs, logits, gradient), ce = loss_pass(model, pixel_values, labels, inputs, weights)
+        else:
+            ranked = model if clean_pass is shared_pass else network
+            outputs, logits, gradient = clean_pass(
+                ranked, pixel_values, _target(labels, args), args.saliency_score, inputs
+            )
     if args.saliency_pass == "eval":
-        network = model if saliency_model is None else saliency_model
         with _eval_mode(network):
-            saliency_logits = logits_of(forward(network, leaf), *shape)
-    target = labels if args.saliency_target == "label" else saliency_logits.argmax(dim=1)
-    score = SF.ranking_score(saliency_logits, target, args.saliency_score)
-    saliency = SF.input_saliency(score, leaf, args.signed_saliency)
+            gradient = clean_pass(network, pixel_values, _target(labels, args), args.saliency_score, inputs).gradient
+    if resize is not None:
+        (gradient,) = torch.autograd.grad(resized, leaf, gradient)
+    if ce is None:
+        ce = SF.classification_loss(logits, labels, args.label_smoothing_factor)
 
-    images = leaf.detach()
-    is_masked = SF.least_salient_mask(saliency, k)
+    is_masked = SF.least_salient_mask(SF.channel_mean(gradient, args.signed_saliency), k)
     if args.mask_fill == "mean":
         fill = SF.mean_fill(images)
     else:
         noise = SF.counter_uniform(args.seed, epoch, sample_idx, tuple(images.shape[1:]))
         fill = SF.uniform_fill(images, is_masked, noise)
-    masked_logits = logits_of(forward(model, torch.where(is_masked, fill, images)), *shape)
+    masked = torch.where(is_masked, fill, images)
+    _, masked_logits = forward(model, masked if resize is None else resize(masked), inputs)
 
     reference = logits if args.kl_gradient == "both" else logits.detach()
     return MaskedStep(
         outputs=outputs,
-        ce=SF.classification_loss(logits, labels, args.label_smoothing_factor),
+        ce=ce,
         kl=SF.kl_divergence(reference, masked_logits),
         delta=SF.probability_shift(logits, masked_logits, args.alpha, args.top_n, args.delta_mode, labels),
         is_masked=is_masked,
     )
 
 
-def logits_of(outputs: Any, batch_size: int, num_labels: int | None = None) -> Tensor:
-    """The `logits` of a model's output.
+def _target(labels: Tensor, args: SmootTrainingArguments) -> Tensor | None:
+    return labels if args.saliency_target == "label" else None
 
-    Args:
-        outputs: what the model returned.
-        batch_size: B, images that it was given.
-        num_labels: number of its classes, `None` where nothing says.
 
-    Raises:
-        ValueError: it has none, or they are not floating point (B, classes).
-    """
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    if logits is None:
-        raise ValueError(
-            f"the model's output ({type(outputs).__name__}) has no 'logits': return a ModelOutput or a dict with "
-            "logits of shape (B, classes)"
-        )
-    classes = logits.shape[1] if logits.ndim == 2 else None
-    if (
-        classes is None
-        or len(logits) != batch_size
-        or num_labels not in (None, classes)
-        or not torch.is_floating_point(logits)
-    ):
-        expected = f"({batch_size}, {'classes' if num_labels is None else num_labels})"
-        raise ValueError(
-            f"the model's logits must be floating point (B, classes), here {expected}, got {logits.dtype} "
-            f"{tuple(logits.shape)}: return one row per image, with config.num_labels columns"
-        )
-    return logits
+def _loss_gives_saliency(args: SmootTrainingArguments) -> bool:
+    """Whether the gradient of the cross-entropy is all that is asked of the clean view's graph."""
+    return (
+        args.kl_gradient == "masked"
+        and args.saliency_score == "log_prob"
+        and args.saliency_target == "label"
+        and args.saliency_pass == "shared"
+        and args.label_smoothing_factor == 0
+    )
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from transformers.utils import logging
 
 from . import functional as SF
 from .budget_moves import BudgetMoves
+from .clean_pass import compiled_as_the_model, forward
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
 from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
-from .masked_step import logits_of, masked_step
+from .masked_step import masked_step
 from .random_state import random_state_kept
 from .refusals import refuse_evaluation_set, refuse_unsupported
 from .resumable_trainer import ResumableTrainer
@@ -84,6 +85,7 @@ class SmootTrainer(IndexedTrainer, SavingTrainer, ResumableTrainer):
         self._budgeted_dataset: Any = None
         self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
         self.add_callback(self._budget_moves)
+        self._clean_pass = compiled_as_the_model(self.accelerator)
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
             self.mask_budget = self._fresh_mask_budget()
@@ -175,8 +177,7 @@ class SmootTrainer(IndexedTrainer, SavingTrainer, ResumableTrainer):
             loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch)
         else:
             # In evaluation the pipeline has resized already, as the image processor does.
-            outputs = model(pixel_values=self._resize(images) if is_training else images, **inputs)
-            logits = logits_of(outputs, len(images), getattr(getattr(self.model, "config", None), "num_labels", None))
+            outputs, logits = forward(model, self._resize(images) if is_training else images, inputs)
             if not is_training:
                 check_class_labels(labels, logits.shape[1])
             ce = SF.classification_loss(logits, labels, self.args.label_smoothing_factor)
@@ -215,15 +216,26 @@ class SmootTrainer(IndexedTrainer, SavingTrainer, ResumableTrainer):
             budget.read(sample_idx),
             epoch,
             args,
-            resize=self._resize,
+            resize=None if self.input_pipeline is None else self.input_pipeline.resize,
             other_inputs=others,
             saliency_model=self.model,
+            weights=self._loss_weights(),
+            clean_pass=self._clean_pass,
         )
         self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
         ce_loss = self._classification_loss(step.outputs, labels, step.ce, num_items_in_batch)
         loss = ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch)
         self._budget_moves.add(sample_idx, step.delta, loss)
         return loss, step.outputs
+
+    def _loss_weights(self) -> list[Tensor] | None:
+        """The trained parameters, where nothing forbids to take saliency from the loss' own backward pass.
+
+        A loss of the user's own is another one; fp16 scales the loss so that its gradients do not vanish.
+        """
+        if self.compute_loss_func is not None or self.accelerator.scaler is not None:
+            return None
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def _resize(self, images: Tensor) -> Tensor:
         return images if self.input_pipeline is None else self.input_pipeline.resize(images)

@@ -5,11 +5,12 @@ from .masking import counter_uniform, least_salient_mask, mean_fill, uniform_fil
 from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
 from .perturbation import area_under_curve, deletion_curve, insertion_curve
 from .removal import removal_fill
-from .saliency import class_score, input_saliency, ranking_score
+from .saliency import channel_mean, class_score, input_saliency, log_prob_derivative, ranking_score
 
 __all__ = [
     "ObjectiveParts",
     "area_under_curve",
+    "channel_mean",
     "class_score",
     "classification_loss",
     "counter_uniform",
@@ -18,6 +19,7 @@ __all__ = [
     "insertion_curve",
     "kl_divergence",
     "least_salient_mask",
+    "log_prob_derivative",
     "masked_objective",
     "mean_fill",
     "probability_shift",

@@ -30,14 +30,19 @@ def input_saliency(score: Tensor, images: Tensor, signed: bool = True) -> Tensor
     Raises:
         RuntimeError: `score` does not depend on `images` (raised by autograd).
     """
-    with _without_autocast(images.device.type):
+    with without_autocast(images.device.type):
         (gradient,) = torch.autograd.grad(score.sum(), images, retain_graph=True)
+    return channel_mean(gradient, signed)
+
+
+def channel_mean(gradient: Tensor, signed: bool = True) -> Tensor:
+    """Mean of the values, or (`False`) of their magnitudes: (B, C, H, W) -> (B, H, W), detached, float32 or wider."""
     # The mean of half-precision gradients could overflow or lose the order of small ones.
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    gradient = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
     return (gradient if signed else gradient.abs()).mean(dim=1)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A backward pass belongs outside autocast: its dtypes are those that the forward pass chose."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
@@ -58,8 +63,7 @@ def class_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
     Raises:
         ValueError: `score` is neither of the two.
     """
-    if score not in ("logit", "log_prob"):
-        raise ValueError(f"score must be 'logit' or 'log_prob', got {score!r}")
+    _check_score(score)
     of_target = logits.gather(1, target[:, None])
     if score == "logit":
         return of_target.squeeze(1)
@@ -69,17 +73,35 @@ def class_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
     return -F.softplus(others - of_target).squeeze(1)
 
 
+def log_prob_derivative(logits: Tensor, target: Tensor) -> Tensor:
+    """Derivative of log p_y with respect to the logits, exact where p_y is rounded to 1.
+
+    It is 1 - p_y for the target and -p_j for the others; 1 - p_y is taken as the sum of the others' p_j, since the
+    difference is exactly 0 for a confident model, and the target's share of the saliency with it.
+
+    Args:
+        logits: (B, classes).
+        target: (B,) int64 class y of each sample.
+
+    Returns:
+        (B, classes), detached, in float32 or wider; minus the derivative of the cross-entropy.
+    """
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    others = wide.softmax(dim=1).scatter(1, target[:, None], 0.0)
+    return (-others).scatter(1, target[:, None], others.sum(dim=1, keepdim=True))
+
+
 def ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
     """A score that ranks the pixels as `class_score` does, and whose gradient does not vanish as the model fits.
 
     The derivative of log p_y with respect to the logits falls with 1 - p_y: in half precision the gradient of a
-    well-trained model underflows on its way to the pixels, and the ranking becomes the tie-break. Here every sample's
-    derivative is scaled to 1 at its largest entry; a positive factor per sample leaves the ranking as it is. For
-    float16 logits it is scaled to 2**8, the middle of what float16 holds above 1: the gradients of a deep network
-    shrink on their way to the pixels, and below 2**-24 they vanish.
+    well-trained model underflows on its way to the pixels, and the ranking becomes the tie-break. Divided by 1 - p_y it
+    is 1 for the target and minus the softmax among the others; a positive factor per sample leaves the ranking as it
+    is. For float16 logits it is scaled to 2**8, the middle of what float16 holds above 1: the gradients of a deep
+    network shrink on their way to the pixels, and below 2**-24 they vanish.
 
     Args:
-        logits: (B, classes).
+        logits: (B, classes), at least two.
         target: (B,) int64 class of each sample.
         score: as in `class_score`.
 
@@ -89,9 +111,15 @@ def ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tenso
     Raises:
         ValueError: `score` is neither `"logit"` nor `"log_prob"`.
     """
-    leaf = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
-    with torch.enable_grad():
-        (derivative,) = torch.autograd.grad(class_score(leaf, target, score).sum(), leaf)
-    largest = derivative.abs().amax(dim=1, keepdim=True)
+    _check_score(score)
     factor = _FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
-    return (logits * (factor * derivative / largest.clamp_min(torch.finfo(largest.dtype).tiny))).sum(dim=1)
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    weight = torch.zeros_like(wide)
+    if score == "log_prob":
+        weight = -wide.scatter(1, target[:, None], -math.inf).softmax(dim=1)
+    return (logits * (factor * weight.scatter(1, target[:, None], 1.0))).sum(dim=1)
+
+
+def _check_score(score: str) -> None:
+    if score not in ("logit", "log_prob"):
+        raise ValueError(f"score must be 'logit' or 'log_prob', got {score!r}")

@@ -1,0 +1,171 @@
+"""The clean view of a batch: what the model says of it and where it looks, in as few passes as the options allow."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import Tensor, nn
+
+from . import functional as SF
+from .functional.saliency import without_autocast
+
+
+class CleanPass(NamedTuple):
+    """The model's own output, its logits (B, classes), and the gradient that ranks the pixels, like its input."""
+
+    outputs: Any
+    logits: Tensor
+    gradient: Tensor
+
+
+def shared_pass(
+    model: nn.Module, pixel_values: Tensor, labels: Tensor | None, score: str, other_inputs: Mapping[str, Any]
+) -> CleanPass:
+    """One forward pass for the loss and for the gradient of the score; the graph is kept.
+
+    A function of its arguments alone, so that `torch.compile` takes it as a whole: compiled together, the pass to the
+    pixels computes no weight gradients, which the backward pass of a model compiled by itself always does.
+
+    Args:
+        model: its output has `logits`.
+        pixel_values: float (B, C, H, W), requiring grad.
+        labels: int64 (B,), the class whose score it is; `None`: the predicted one.
+        score: `"logit"` or `"log_prob"`, as in `ranking_score`.
+        other_inputs: further keyword arguments of the model.
+    """
+    outputs, logits = forward(model, pixel_values, other_inputs)
+    ranked = SF.ranking_score(logits, logits.argmax(dim=1) if labels is None else labels, score)
+    with without_autocast(pixel_values.device.type):
+        (gradient,) = torch.autograd.grad(ranked.sum(), pixel_values, retain_graph=True)
+    return CleanPass(outputs, logits, gradient)
+
+
+def compiled_as_the_model(accelerator: Accelerator) -> Callable[..., CleanPass]:
+    """`shared_pass`, compiled by the same settings as the model where the model is compiled."""
+    plugin = accelerator.state.dynamo_plugin
+    return shared_pass if plugin.backend == DynamoBackend.NO else compiled_pass(**plugin.to_kwargs())
+
+
+def compiled_pass(**kwargs: Any) -> Callable[..., CleanPass]:
+    """`shared_pass` compiled as one graph, its gradient included; `kwargs` as of `torch.compile`."""
+    compiled = torch.compile(shared_pass, **kwargs)
+
+    @wraps(shared_pass)
+    def clean_pass(*args: Any) -> CleanPass:
+        # By default the compiler breaks the graph at torch.autograd.grad, which then runs the whole backward graph.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*args)
+
+    return clean_pass
+
+
+def loss_pass(
+    model: nn.Module,
+    pixel_values: Tensor,
+    labels: Tensor,
+    other_inputs: Mapping[str, Any],
+    weights: Sequence[Tensor],
+) -> tuple[CleanPass, Tensor]:
+    """One backward pass of the cross-entropy for its weight gradients and for the saliency of the log-probability.
+
+    The gradient of the cross-entropy is minus that of log p_y. The graph of the clean view is freed before the masked
+    one is built.
+
+    Args:
+        model: as in `shared_pass`, as are the next two and `other_inputs`.
+        pixel_values: as there.
+        labels: int64 (B,).
+        other_inputs: as there.
+        weights: the trained parameters.
+
+    Returns:
+        The pass, its logits detached; and the cross-entropy (B,), whose sum (or mean) carries the gradients just
+        computed on. Any other use of it in a loss gives NaN gradients: they are known for the sum alone.
+    """
+    outputs, logits = forward(model, pixel_values, other_inputs)
+    derivative = SF.log_prob_derivative(logits, labels)
+    with without_autocast(pixel_values.device.type):
+        gradient, *gradients = torch.autograd.grad(
+            logits, [pixel_values, *weights], -derivative.to(logits.dtype), allow_unused=True
+        )
+    if gradient is None:
+        raise ValueError("the model's logits do not depend on its pixel_values, so there is no saliency")
+    logits = logits.detach()
+    ce = _KnownGradients.apply(SF.classification_loss(logits, labels), gradients, *weights)
+    return CleanPass(outputs, logits, -gradient), ce
+
+
+def forward(model: nn.Module, pixel_values: Tensor, other_inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """The model's own output and its logits (B, classes).
+
+    Raises:
+        ValueError: it has none, or in training they carry no gradient.
+    """
+    outputs = model(pixel_values=pixel_values, **other_inputs)
+    logits = logits_of(outputs, len(pixel_values), num_labels_of(model))
+    if torch.is_grad_enabled() and not logits.requires_grad:
+        raise ValueError(
+            "the model's logits carry no gradient, which saliency is: its forward detaches them or runs under "
+            "torch.no_grad()"
+        )
+    return outputs, logits
+
+
+class _KnownGradients(torch.autograd.Function):
+    """Per-sample values whose sum has gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        # Weighted one by one, the samples would need gradients of their own: NaN rather than silently wrong, without
+        # waiting for the device to say so.
+        factor = torch.where((grad == grad[0]).all(), grad[0], math.nan)
+        return None, None, *(None if known is None else known * factor for known in ctx.gradients)
+
+
+def logits_of(outputs: Any, batch_size: int, num_labels: int | None = None) -> Tensor:
+    """The `logits` of a model's output.
+
+    Args:
+        outputs: what the model returned.
+        batch_size: B, images that it was given.
+        num_labels: number of its classes, `None` where nothing says.
+
+    Raises:
+        ValueError: it has none, or they are not floating point (B, classes).
+    """
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"the model's output ({type(outputs).__name__}) has no 'logits': return a ModelOutput or a dict with "
+            "logits of shape (B, classes)"
+        )
+    classes = logits.shape[1] if logits.ndim == 2 else None
+    if (
+        classes is None
+        or len(logits) != batch_size
+        or num_labels not in (None, classes)
+        or not torch.is_floating_point(logits)
+    ):
+        expected = f"({batch_size}, {'classes' if num_labels is None else num_labels})"
+        raise ValueError(
+            f"the model's logits must be floating point (B, classes), here {expected}, got {logits.dtype} "
+            f"{tuple(logits.shape)}: return one row per image, with config.num_labels columns"
+        )
+    return logits
+
+
+def num_labels_of(model: nn.Module) -> int | None:
+    """Number of classes by the configuration of the model, also where DDP or torch.compile wraps it."""
+    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return getattr(getattr(model, "config", None), "num_labels", None)
