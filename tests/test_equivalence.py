@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import QUICK, TinyImages, build, largest_difference, parameters
+from conftest import QUICK, TinyImages, build, freeze_batch_statistics, largest_difference, parameters
 from transformers import Trainer, TrainingArguments
 
 
@@ -51,15 +51,6 @@ def test_accumulation_of_four_is_the_fourfold_batch(name, method, quick_trainer)
     assert largest_difference(final[1][0], final[4][0]) < 1e-5
     if method != "standard":
         assert torch.equal(final[1][1], final[4][1])
-
-
-def freeze_batch_statistics(model):
-    """Micro-batches have statistics of their own: with them in use the two runs differ by right."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.forward = lambda x, m=module: torch.nn.functional.batch_norm(
-                x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps
-            )
 
 
 def test_an_uneven_last_window_weighs_every_sample_alike(quick_trainer):
