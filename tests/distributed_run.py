@@ -108,6 +108,15 @@ def train(name, folder, world_size, resume=False):
     }
 
 
+def fsdp_refusal(folder):
+    """What is said of FSDP 2 by its flag."""
+    try:
+        args = SmootTrainingArguments(folder, **QUICK, fsdp="full_shard", fsdp_config={"fsdp_version": 2})
+        SmootTrainer(build("vit"), args, train_dataset=TinyImages())
+    except ValueError as error:
+        return str(error)
+
+
 def main(folder, saved=None, names=None):
     """Train everything, or what `names` has; with `saved` also the rest of the run whose checkpoint that folder is."""
     torch.use_deterministic_algorithms(True)
@@ -122,6 +131,8 @@ def main(folder, saved=None, names=None):
                 shutil.copytree(saved, run / "checkpoint-4")
                 (run / "checkpoint-5").mkdir()  # torn: to be passed over by all ranks
         results["resumed"] = train("vit", run, args.world_size, resume=True)
+    if args.world_size > 1 and not names:
+        results["fsdp"] = fsdp_refusal(folder)
     torch.save(results, f"{folder}/rank{args.process_index}.pt")
 
 

@@ -145,6 +145,12 @@ def test_a_checkpoint_of_two_processes_is_continued_by_one(results, quick_traine
     assert largest_difference(alone["parameters"], parameters(trainer)) < LARGEST
 
 
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_fsdp_is_refused_by_name(processes, results):
+    """Catches sharded parameters, of which nobody has shown that their gradients are exact here."""
+    assert {rank["fsdp"].split(":")[0] for rank in results[processes]} == {"FSDP is refused"}
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
