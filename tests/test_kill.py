@@ -22,7 +22,7 @@ def test_three_kills_leave_no_difference(kill_test, tmp_path):
     """Catches anything that a crash loses; `recipes/benchmarks/kill_test.py` does twenty."""
     assert kill_test.main(["--kills", "3", "--output", str(tmp_path / "kills")]) == 0
     found = json.loads((tmp_path / "kills" / "kill_test.json").read_text())
-    assert (found["killed"], found["same"]) == (3, 3)
+    assert (found["kills"], found["same"]) == (3, 3)
     assert found["in_save"] >= 1
 
 
