@@ -50,6 +50,13 @@ class TinyImages(Dataset):
         return {"pixel_values": self.images[i], "labels": self.labels[i]}
 
 
+class PixelImages(TinyImages):
+    """The tiny images as bytes."""
+
+    def __getitem__(self, i):
+        return {"pixel_values": (self.images[i] * 40 + 128).clamp(0, 255).to(torch.uint8), "labels": self.labels[i]}
+
+
 def tiny_vit(dropout=0.0, **overrides):
     config = ViTConfig(
         image_size=SIZE,
@@ -163,6 +170,25 @@ def largest_difference(one, other):
     """Over all tensors, relative to the largest entry of each (at least 1e-3: some gradients are rounding alone)."""
     assert one.keys() == other.keys()
     return max(((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-3)).item() for n in one)
+
+
+def mean_difference(one, other):
+    """Mean deviation over all entries, relative to their mean magnitude."""
+    assert one.keys() == other.keys()
+    deviation, size = (
+        torch.cat([t.flatten().double() for t in ts]).abs().mean()
+        for ts in ([one[n] - other[n] for n in one], list(one.values()))
+    )
+    return (deviation / size).item()
+
+
+def freeze_batch_statistics(model):
+    """Micro-batches have statistics of their own: with them in use, runs that divide a batch differ by right."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.forward = lambda x, m=module: torch.nn.functional.batch_norm(
+                x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps
+            )
 
 
 class StepRecorder:

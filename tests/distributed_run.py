@@ -1,27 +1,139 @@
-"""A short training of a tiny ViT, run by test_distributed.py in one or several processes; saves what came out of it."""
+"""Short trainings, run by test_distributed.py in one or several processes; every rank saves what came out of them."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import torch
-from conftest import QUICK, TinyImages, build
+from conftest import QUICK, PixelImages, TinyImages, build, freeze_batch_statistics
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from smoot_hf import SmootTrainer, SmootTrainingArguments
+from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
+from smoot_hf import trainer as trainer_module
+from smoot_hf.masked_step import masked_step
+
+GLOBAL_BATCH = 8
+# What a run departs from: a ViT without dropout, 24 images, 2 epochs of 3 steps.
+RUNS = {
+    "vit": {"save_strategy": "steps", "save_steps": 4},
+    "uneven": {"length": 21},
+    "few": {"length": 5},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "eval_pass": {"saliency_pass": "eval"},
+    "sgt": {"method": "sgt"},
+    "augmented": {"model": "cnn", "dropout": 0.0, "augments": True},
+    "frozen_batchnorm": {"model": "resnet", "freezes": True},
+    "batchnorm": {"model": "resnet"},
+    "dropout": {"model": "cnn"},
+    "batchnorm_without_kl": {"model": "resnet", "kl_weight": 0.0},
+    "batchnorm_standard": {"model": "resnet", "method": "standard"},
+    "batchnorm_plain": {"model": "resnet", "method": "plain"},
+}
 
 
-def main(folder, batch_size, length):
-    torch.use_deterministic_algorithms(True)
-    args = SmootTrainingArguments(
-        output_dir=folder, step_size=3000, optim="sgd", **(QUICK | {"per_device_train_batch_size": int(batch_size)})
-    )
-    trainer = SmootTrainer(build("vit"), args, train_dataset=TinyImages(int(length)))
-    trainer.train()
-    result = {
-        "k": trainer.mask_budget.k,
-        "world_size": args.world_size,
+class Repeating(Sampler):
+    """A shuffled order of its own for every epoch; alone, it repeats the samples that accelerate gives out twice."""
+
+    def __init__(self, length, world_size):
+        self.length, self.epoch = length, 0
+        self.repeats = -length % GLOBAL_BATCH if world_size == 1 else 0
+
+    def __len__(self):
+        return self.length + self.repeats
+
+    def __iter__(self):
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        self.epoch += 1
+        return iter(order + order[: self.repeats])
+
+
+class Uneven(SmootTrainer):
+    """Trains in the order of `Repeating`."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return Repeating(len(self.train_dataset), self.args.world_size)
+
+
+class Observed(TrainerCallback):
+    """Keeps K at the end of every step, and which samples each step held on this rank."""
+
+    def __init__(self, monkeypatched):
+        self.trainer, self.k, self.seen = None, [], []
+        monkeypatched.masked_step = self.step
+
+    def step(self, model, images, labels, sample_idx, *others, **more):
+        self.seen.append(sample_idx.tolist())
+        return masked_step(model, images, labels, sample_idx, *others, **more)
+
+    def on_step_end(self, *_, **__):
+        if getattr(self.trainer, "mask_budget", None) is not None:
+            self.k.append(self.trainer.mask_budget.k)
+
+
+def dropout_of(settings):
+    """The configuration of a CNN without dropout, where the settings ask for that."""
+    rate = settings.pop("dropout", None)
+    return {} if rate is None else {"feature_dropout": rate, "classifier_dropout": rate}
+
+
+def train(name, folder, world_size, resume=False):
+    """One of the runs above, or the rest of it; what came out of it on this rank."""
+    settings = dict(RUNS[name])
+    length, model = settings.pop("length", 24), build(settings.pop("model", "vit"), **dropout_of(settings))
+    data, more = TinyImages(length), {}
+    if settings.pop("freezes", False):
+        freeze_batch_statistics(model)
+    if settings.pop("augments", False):
+        data = PixelImages(length)
+        more["input_pipeline"] = InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)
+    share = GLOBAL_BATCH // world_size // settings.get("gradient_accumulation_steps", 1)
+    common = QUICK | {"output_dir": str(folder), "per_device_train_batch_size": share, "optim": "sgd"}
+    observed = Observed(trainer_module)
+    if settings.get("method") == "plain":
+        trainer = Trainer(model, TrainingArguments(**common), train_dataset=data)
+    else:
+        args = SmootTrainingArguments(**common | {"step_size": 3000} | settings)
+        kind = Uneven if length % GLOBAL_BATCH else SmootTrainer
+        trainer = kind(model, args, train_dataset=data, callbacks=[observed], **more)
+        observed.trainer = trainer
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "world_size": trainer.args.world_size,
+        "k": observed.k,
+        "seen": observed.seen,
         "parameters": {name: p.detach() for name, p in trainer.model.named_parameters()},
+        "buffers": {name: b.detach() for name, b in trainer.model.named_buffers()},
         "logs": trainer.state.log_history,
     }
-    torch.save(result, f"{folder}/rank{args.process_index}.pt")
+
+
+def fsdp_refusal(folder):
+    """What is said of FSDP 2 by its flag."""
+    try:
+        args = SmootTrainingArguments(folder, **QUICK, fsdp="full_shard", fsdp_config={"fsdp_version": 2})
+        SmootTrainer(build("vit"), args, train_dataset=TinyImages())
+    except ValueError as error:
+        return str(error)
+
+
+def main(folder, saved=None, names=None):
+    """Train everything, or what `names` has; with `saved` also the rest of the run whose checkpoint that folder is."""
+    torch.use_deterministic_algorithms(True)
+    args = SmootTrainingArguments(folder, use_cpu=True)
+    results = {
+        name: train(name, Path(folder) / name, args.world_size) for name in (names.split(",") if names else RUNS)
+    }
+    if saved:
+        with args.main_process_first():
+            run = Path(folder) / "resumed"
+            if args.process_index == 0:
+                shutil.copytree(saved, run / "checkpoint-4")
+                (run / "checkpoint-5").mkdir()  # torn: to be passed over by all ranks
+        results["resumed"] = train("vit", run, args.world_size, resume=True)
+    if args.world_size > 1 and not names:
+        results["fsdp"] = fsdp_refusal(folder)
+    torch.save(results, f"{folder}/rank{args.process_index}.pt")
 
 
 if __name__ == "__main__":

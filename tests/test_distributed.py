@@ -1,47 +1,178 @@
-"""Two processes give what one gives with the same global batch."""
+"""Any number of processes, on one machine or several, gives what one process gives with the same global batch."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import largest_difference
+from conftest import TinyImages, largest_difference, mean_difference, parameters
+from distributed_run import GLOBAL_BATCH, RUNS
 
 HERE = Path(__file__).parent
+# Without dropout and batch statistics, which are of each rank's own share of the batch, the runs are the same but for
+# the order in which float32 sums are taken: measured 4e-7 (largest) and 8e-10 (mean) at most.
+EXACT = ["vit", "uneven", "few", "accumulated", "eval_pass", "sgt", "augmented", "frozen_batchnorm"]
+LARGEST, MEAN = 1e-5, 1e-6
+SEVERAL = [2, 4]
 
 
-def run(processes, folder, batch_size, length):
-    """Start `distributed_run.py` in its own interpreters; the results of every rank."""
-    folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+def start(launcher, folder, *arguments):
+    """A launcher of `distributed_run.py`, in interpreters of its own."""
+    folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    command = [sys.executable, *launcher, str(HERE / "distributed_run.py"), str(folder), str(batch_size), str(length)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+    command = [sys.executable, *launcher, str(HERE / "distributed_run.py"), str(folder), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def require_same_on_both_ranks(results):
-    assert [result["world_size"] for result in results] == [2, 2]
-    assert torch.equal(results[0]["k"], results[1]["k"])
-    assert largest_difference(results[0]["parameters"], results[1]["parameters"]) == 0
-    assert len(results[0]["k"].unique()) > 3
+def results_of(launchers, folder, ranks):
+    """Wait for the launchers; the results of every rank."""
+    said = [launcher.communicate(timeout=300)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n".join(s[-3000:] for s in said)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Catches K updated by one rank alone, fill that depends on the rank, and a loss scaled by the world size."""
-    (alone,) = run(1, tmp_path / "one", 8, 24)
-    together = run(2, tmp_path / "two", 4, 24)
-    require_same_on_both_ranks(together)
-    assert torch.equal(alone["k"], together[0]["k"])
-    assert largest_difference(alone["parameters"], together[0]["parameters"]) < 1e-5
-    for one, two in zip(alone["logs"], together[0]["logs"], strict=True):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of 1, 2 and 4 processes: a list with the results of every rank, each by the name of the run."""
+    folder = tmp_path_factory.mktemp("distributed")
+    saved, found = folder / "1" / "vit" / "checkpoint-4", {"folder": folder}
+    for processes in (1, *SEVERAL):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        started = start(launcher if processes > 1 else [], folder / str(processes), *([saved] if processes > 1 else []))
+        found[processes] = results_of([started], folder / str(processes), processes)
+    return found
+
+
+def require_one_training(ranks, name):
+    """All ranks are of one training, with the same weights at its end and the same K at the end of every step."""
+    for rank in ranks:
+        assert rank[name]["world_size"] == len(ranks)
+        assert largest_difference(ranks[0][name]["parameters"], rank[name]["parameters"]) == 0
+        assert len(rank[name]["k"]) == len(ranks[0][name]["k"])
+        assert all(torch.equal(one, two) for one, two in zip(ranks[0][name]["k"], rank[name]["k"], strict=True))
+
+
+def require_the_same(alone, together, label):
+    """K is equal in every entry at every step, weights but for rounding."""
+    for one, two in zip(alone["k"][-len(together["k"]) :], together["k"], strict=True):
+        assert torch.equal(one, two)
+    largest, mean = (f(alone["parameters"], together["parameters"]) for f in (largest_difference, mean_difference))
+    print(f"{label}: K equal in {len(one)} entries, weights off by {largest:.1e} at most, {mean:.1e} on average")  # noqa: T201 - the figures for the README, by `pytest -s`
+    assert largest < LARGEST
+    assert mean < MEAN
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "batchnorm_plain"])
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_k_is_the_same_on_every_rank_at_every_steps_end(processes, name, results):
+    """Catches K updated by one rank alone, and ranks that train models of their own (two forwards, buffers)."""
+    require_one_training(results[processes], name)
+    if "standard" not in name:
+        k = results[processes][0][name]["k"]
+        assert len(k) == 6
+        assert name == "sgt" or len(k[-1].unique()) > 1
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_several_processes_equal_one(processes, name, results):
+    """Catches fill, augmentation or saliency that depend on the rank, and a loss scaled by the number of processes."""
+    require_the_same(results[1][0][name], results[processes][0][name], f"{processes} processes, {name}")
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_logs_are_of_all_processes(processes, results):
+    """Catches logs of the first rank's samples alone."""
+    alone, together = (results[n][0]["vit"]["logs"] for n in (1, processes))
+    for one, two in zip(alone, together, strict=True):
         for name in {"ce_loss", "kl_loss", "delta", "k_up", "k_down", "k_median"} & one.keys():
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
 
 
-def test_samples_repeated_to_fill_the_last_round_leave_k_the_same_on_every_rank(tmp_path):
-    """21 samples in batches of 8: three stand on both ranks; catches one rank writing the other's update."""
-    require_same_on_both_ranks(run(2, tmp_path / "two", 4, 21))
+@pytest.mark.parametrize("name", ["uneven", "few"])
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_a_sample_that_stands_on_two_ranks_moves_once(processes, name, results):
+    """Catches K moved again where the sampler repeats a sample to fill the last round, within a step or an epoch."""
+    steps_per_epoch = -(-RUNS[name]["length"] // GLOBAL_BATCH)
+    seen = [[row for rank in results[processes] for row in rank[name]["seen"][step]] for step in range(6)]
+    k = [torch.full_like(results[1][0][name]["k"][0], 32), *results[processes][0][name]["k"]]
+    repeated = 0
+    for step, rows in enumerate(seen):
+        assert len(rows) == GLOBAL_BATCH
+        begin = step - step % steps_per_epoch
+        before = {row for rows_before in seen[begin:step] for row in rows_before}
+        again = [row for row in set(rows) if rows.count(row) > 1 or row in before]
+        repeated += len(again)
+        late = [row for row in set(rows) if row in before]
+        assert torch.equal(k[step][late], k[step + 1][late])
+        untouched = [row for row in range(RUNS[name]["length"]) if row not in rows]
+        assert torch.equal(k[step][untouched], k[step + 1][untouched])
+    assert repeated == 3 * 6 // steps_per_epoch
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_batchnorm_trains_as_with_a_plain_trainer(processes, results):
+    """Catches buffers that the second forward pass, or the masked images, bring out of step between the ranks."""
+    plain, standard, without_kl = (
+        results[processes][0][f"batchnorm_{kind}"] for kind in ("plain", "standard", "without_kl")
+    )
+    # The plain loss is divided in another order, and statistics of two images make much of that: measured 1.3e-4.
+    for kind in ("parameters", "buffers"):
+        one, two = ({name: value.double() for name, value in run[kind].items()} for run in (plain, standard))
+        assert largest_difference(one, two) < 1e-3
+        assert mean_difference(one, two) < MEAN
+    assert largest_difference(standard["parameters"], without_kl["parameters"]) == 0
+    assert all(torch.isfinite(b).all() for b in results[processes][0]["batchnorm"]["buffers"].values())
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_a_checkpoint_of_one_process_is_continued_by_several(processes, results):
+    """Catches first visits or K of the main process alone, and ranks that take up different checkpoints."""
+    require_one_training(results[processes], "resumed")
+    assert len(results[processes][0]["resumed"]["k"]) == 2
+    require_the_same(results[1][0]["vit"], results[processes][0]["resumed"], f"1 process, then {processes}")
+
+
+def test_a_checkpoint_of_two_processes_is_continued_by_one(results, quick_trainer):
+    """Catches a K that only ranks can read."""
+    trainer = quick_trainer(train_dataset=TinyImages(24), step_size=3000, optim="sgd")
+    trainer.train(resume_from_checkpoint=str(results["folder"] / "2" / "vit" / "checkpoint-4"))
+    alone = results[1][0]["vit"]
+    assert torch.equal(alone["k"][-1], trainer.mask_budget.k)
+    assert largest_difference(alone["parameters"], parameters(trainer)) < LARGEST
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_fsdp_is_refused_by_name(processes, results):
+    """Catches sharded parameters, of which nobody has shown that their gradients are exact here."""
+    assert {rank["fsdp"].split(":")[0] for rank in results[processes]} == {"FSDP is refused"}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_two_machines_are_two_launchers_with_one_rendezvous(launcher, results, tmp_path):
+    """Catches a local rank that is taken for the rank: the first process of the second machine is no main process."""
+    port, started = free_port(), []
+    for machine in ("0", "1"):
+        if launcher == "torchrun":
+            how = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={machine}"]
+            how += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+        else:
+            # --multi_gpu is accelerate's name for "through torchrun"; the device is the training's own affair.
+            how = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=2", "--num_processes=2"]
+            how += [f"--machine_rank={machine}", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+            how += ["--mixed_precision=no", "--dynamo_backend=no"]
+        started.append(start(how, tmp_path / "run", "", "vit,uneven"))
+    found = results_of(started, tmp_path / "run", 2)
+    for name in ("vit", "uneven"):
+        require_one_training(found, name)
+        require_the_same(results[1][0][name], found[0][name], f"2 machines, {launcher}, {name}")
+        assert largest_difference(results[2][0][name]["parameters"], found[0][name]["parameters"]) == 0

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -217,3 +220,22 @@ def test_a_limited_data_set_has_all_classes(tmp_path):
     assert task.train.image_shape == (3, 8, 8)
     assert task.processor.do_convert_rgb
     assert task.model.config.label2id == {"cat": 0, "dog": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["torch.distributed.run", "--standalone", "--nproc_per_node=2"], 2),
+        (["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"], 1),
+    ],
+)
+def test_the_number_of_processes_is_said_as_it_is(launcher, processes, tmp_path):
+    """Fault: a launcher that starts fewer processes than it was asked to, and nobody notices."""
+    command = [sys.executable, "-m", *launcher, str(FOLDER / "train_digits.py"), *QUICK, "--num_train_epochs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"100 test images, {processes} process(es) on cpu") == 1

@@ -62,6 +62,20 @@ def test_data_parallel_is_refused(quick_args):
         SmootTrainer(build("vit"), args, train_dataset=TinyImages())
 
 
+@pytest.mark.parametrize(("flag", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
+def test_sharding_engines_are_refused_by_name(flag, name, quick_args):
+    """Catches a training with gradients that nobody has shown to be exact; standard training stays free to use them."""
+
+    class Sharded(SmootTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            # What the Trainer sets for FSDP 1, FSDP 2 and any DeepSpeed configuration, by argument or by launcher.
+            setattr(self, flag, True)
+
+    with pytest.raises(ValueError, match=f"{name} is refused"):
+        Sharded(build("vit"), quick_args(), train_dataset=TinyImages())
+
+
 def test_a_loader_that_lost_the_index_is_refused(quick_args):
     """Catches K of sample 0 used for all, where a user replaced the loader."""
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import CLASSES, QUICK, TinyImages, build, largest_difference, parameters
+from conftest import CLASSES, QUICK, PixelImages, TinyImages, build, largest_difference, parameters
 from datasets import Dataset as HfDataset
 from torch.utils.data import IterableDataset
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, TrainerCallback, TrainingArguments
@@ -147,19 +147,12 @@ class RecordsInput(torch.nn.Module):
         return self.inner(pixel_values=pixel_values)
 
 
-class Pixels(TinyImages):
-    """The tiny images as bytes."""
-
-    def __getitem__(self, i):
-        return {"pixel_values": (self.images[i] * 40 + 128).clamp(0, 255).to(torch.uint8), "labels": self.labels[i]}
-
-
 def test_the_pipeline_augments_masks_then_resizes_in_training_and_only_resizes_in_evaluation(quick_trainer, recorder):
     """Catches a mask at the model's resolution, augmentation of epoch 0 for ever, and augmented evaluation."""
     pipeline = InputPipeline(
         mean=(0.5,) * 3, std=(0.25,) * 3, size=(12, 12), crop_padding=2, horizontal_flip=True, seed=1
     )
-    model, data = RecordsInput(), Pixels()
+    model, data = RecordsInput(), PixelImages()
     trainer = quick_trainer(model, data, trainer_kwargs={"input_pipeline": pipeline})
     assert trainer.mask_budget.image_size == (8, 8)
     trainer.train()
@@ -172,8 +165,8 @@ def test_the_pipeline_augments_masks_then_resizes_in_training_and_only_resizes_i
         assert masked.shape[-2:] == (12, 12)
         assert not torch.equal(clean, masked)
     model.seen.clear()
-    trainer.evaluate(Pixels(8))
-    raw = torch.stack([Pixels(8)[row]["pixel_values"] for row in range(8)])
+    trainer.evaluate(PixelImages(8))
+    raw = torch.stack([PixelImages(8)[row]["pixel_values"] for row in range(8)])
     assert torch.equal(torch.cat(model.seen), pipeline.prepare_evaluation(raw))
 
 
@@ -182,7 +175,7 @@ def test_a_stream_through_a_pipeline_is_refused(quick_trainer):
 
     class Stream(IterableDataset):
         def __iter__(self):
-            return iter([Pixels()[i] for i in range(24)])
+            return iter([PixelImages()[i] for i in range(24)])
 
     pipeline = InputPipeline(mean=(0.5,) * 3, std=(0.25,) * 3)
     trainer = quick_trainer(train_dataset=Stream(), method="standard", trainer_kwargs={"input_pipeline": pipeline})
