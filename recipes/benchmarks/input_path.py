@@ -121,9 +121,7 @@ def make_model(data: DecodedImages) -> PaperCnnForImageClassification:
 
 def make_paths(dataset: Dataset, data: DecodedImages) -> dict[str, Path_]:
     """Every line of the table."""
-    pipeline = InputPipeline(
-        *data.channel_statistics(), size=(224, 224), crop_padding=PADDING, horizontal_flip=True
-    )
+    pipeline = InputPipeline(*data.channel_statistics(), size=(224, 224), crop_padding=PADDING, horizontal_flip=True)
 
     def native(batch: dict[str, Tensor]) -> Tensor:
         return pipeline.prepare_training(batch["pixel_values"], batch["sample_idx"], epoch=0)
