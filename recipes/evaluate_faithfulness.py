@@ -91,6 +91,7 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--steps", type=int, help="Even steps of the curves (default: the convention's).")
     parser.add_argument("--max_eval_samples", type=int, help="This many test images, always the same ones.")
     parser.add_argument("--batch_size", type=int, default=256, help="Images per forward pass (default 256).")
+    parser.add_argument("--bf16", action="store_true", help="Run the network under bfloat16 autocast.")
     parser.add_argument("--seed", type=int, default=0, help="Of random order, noise and random weights (default 0).")
     parser.add_argument("--output", type=Path, help="Folder to write to (default: runs/faithfulness-CHECKPOINT).")
     parser.add_argument("--image_column", help="Column of the images, where it is ambiguous.")
@@ -125,6 +126,7 @@ def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Name
             convention=first,
             input_pipeline=checkpoint.pipeline,
             batch_size=options.batch_size,
+            autocast_dtype=autocast_dtype(options),
             seed=options.seed,
         )
         class_rows.append(class_row(checkpoint, test, found[attribution], options))
@@ -150,8 +152,14 @@ def measure(
         convention=convention,
         input_pipeline=checkpoint.pipeline,
         batch_size=options.batch_size,
+        autocast_dtype=autocast_dtype(options),
         seed=options.seed,
     )
+
+
+def autocast_dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """What every measurement runs the network in; `None`: its own precision."""
+    return torch.bfloat16 if options.bf16 else None
 
 
 def class_row(checkpoint: Checkpoint, test: DecodedImages, found: ImageClasses, options: argparse.Namespace) -> Row:
@@ -166,6 +174,7 @@ def class_row(checkpoint: Checkpoint, test: DecodedImages, found: ImageClasses, 
         signed=bool(convention.signed),
         input_pipeline=checkpoint.pipeline,
         batch_size=options.batch_size,
+        autocast_dtype=autocast_dtype(options),
         seed=seed,
     )
     values: dict[str, Any] = {

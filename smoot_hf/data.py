@@ -1,6 +1,7 @@
 """Image classification data: loaded by feature type, decoded once into uint8 rows, fetched a batch at a time."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -149,9 +150,12 @@ class DecodedImages(torch.utils.data.Dataset):
 
     def _open(self) -> None:
         """Views of the stored rows, one (n, C*H*W) array per piece; no copies."""
+        # Asked for once: the data set copies its features every time.
+        per_channel = self.dataset.features[PIXELS]
+        self._image_shape = per_channel.length, per_channel.feature.length, per_channel.feature.feature.length
         table = self.dataset.data
         pieces = [_flat(chunk) for chunk in table.column(PIXELS).chunks if len(chunk)]
-        self._pieces = [piece.reshape(-1, int(np.prod(self.image_shape))) for piece in pieces]
+        self._pieces = [piece.reshape(-1, math.prod(self.image_shape)) for piece in pieces]
         self._starts = np.cumsum([0, *(len(piece) for piece in self._pieces)])
         self._labels = np.array(table.column(LABELS).to_numpy(), dtype=np.int64)
 
@@ -181,12 +185,16 @@ class DecodedImages(torch.utils.data.Dataset):
         if rows.size and not (-len(self) <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"index {rows.min()} or {rows.max()} is outside a data set of {len(self)} images")
         rows = np.where(rows < 0, rows + len(self), rows)
-        pixels = np.empty((len(rows), int(np.prod(self.image_shape))), dtype=np.uint8)
-        piece_of_row = np.searchsorted(self._starts, rows, side="right") - 1
-        for piece in np.unique(piece_of_row):
-            here = np.flatnonzero(piece_of_row == piece)
-            pixels[here] = self._pieces[piece][rows[here] - self._starts[piece]]
-        images = torch.from_numpy(pixels).reshape(-1, *self.image_shape)
+        # Sorted, each piece fills a stretch of the batch in one go; a second copy brings back the order asked for.
+        order = rows.argsort()
+        ascending = rows[order]
+        pixels = np.empty((len(rows), math.prod(self.image_shape)), dtype=np.uint8)
+        piece_of_row = self._starts.searchsorted(ascending, side="right") - 1
+        for piece, first, count in zip(*np.unique(piece_of_row, return_index=True, return_counts=True), strict=True):
+            here = slice(first, first + count)
+            # "clip" writes straight into the batch; the rows lie within the piece anyway.
+            self._pieces[piece].take(ascending[here] - self._starts[piece], axis=0, out=pixels[here], mode="clip")
+        images = torch.from_numpy(pixels.take(order.argsort(), axis=0)).reshape(-1, *self.image_shape)
         return {PIXELS: images, LABELS: torch.from_numpy(self._labels[rows])}
 
     @staticmethod
@@ -200,8 +208,7 @@ class DecodedImages(torch.utils.data.Dataset):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
-        per_channel = self.dataset.features[PIXELS]
-        return per_channel.length, per_channel.feature.length, per_channel.feature.feature.length
+        return self._image_shape
 
     @property
     def labels(self) -> np.ndarray:

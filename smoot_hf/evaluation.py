@@ -148,9 +148,10 @@ def evaluate_faithfulness(
 ) -> Faithfulness:
     """Measure how faithful a model's attributions are: what is left of its accuracy when what they point at is removed.
 
-    One pass over the data. Each image costs the attribution, one unmasked forward pass and, for every curve, one for
-    each fraction in between; the fill alone is shared. The model runs in eval mode; its flags and gradients and the
-    global random states are left as they were found, also when an error is raised.
+    One pass over the data. Each image costs the attribution, one unmasked forward pass (shared with the attribution, if
+    that is the gradient) and, for every curve, one for each fraction in between; the fill alone is shared. The model
+    runs in eval mode; its flags and gradients and the global random states are left as they were found, also when an
+    error is raised.
 
     Args:
         model: any image classifier: of `transformers`, timm's wrapper, or a module that returns logits.

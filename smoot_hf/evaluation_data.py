@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .attributions import LogitsModel, attribute
 from .convention import Convention
-from .functional import counter_uniform
+from .functional import class_score, counter_uniform, input_saliency
 from .functional.removal import removal_fill
 from .model_state import model_device, model_dtype
 
@@ -135,22 +135,29 @@ def rank_batch(
     Raises:
         ValueError: a label that is no class of the model.
     """
-    with torch.no_grad():
-        outputs = model(batch.images)
+    by_gradient = attribution is None and convention.attribution == "gradient"
+    score, signed = convention.score or "logit", bool(convention.signed)
+    images = batch.images.detach().requires_grad_(by_gradient)
+    with torch.set_grad_enabled(by_gradient):
+        outputs = model(images)
     classes = outputs.shape[1]
     if bool(((batch.labels < 0) | (batch.labels >= classes)).any()):
         low, high = int(batch.labels.min()), int(batch.labels.max())
         raise ValueError(f"labels must be classes of the model, 0 to {classes - 1}, got {low} to {high}")
     target = batch.labels if convention.target == "label" else outputs.argmax(dim=1)
-    if attribution is None:
+    if by_gradient:
+        # The forward pass that gave the outputs gives their gradient as well.
+        values = input_saliency(class_score(outputs, target, score), images, signed)
+        outputs = outputs.detach()
+    elif attribution is None:
         values = attribute(
             model,
             batch.images,
             target,
             batch.sample_idx,
             method=convention.attribution,  # type: ignore[arg-type]  # checked by `attribute`, which lists the names
-            score=convention.score or "logit",
-            signed=bool(convention.signed),
+            score=score,
+            signed=signed,
             seed=seed,
             batch_size=batch_size,
         )

@@ -45,7 +45,7 @@ class IndexedDataset(Dataset):
             features = self.dataset.__getitems__(indices)
         else:
             features = [self.dataset[index] for index in indices]
-        return IndexedFeatures([int(index) for index in indices], features)
+        return IndexedFeatures(list(map(int, indices)), features)
 
 
 class IndexedCollator:

@@ -258,6 +258,32 @@ def test_one_checkpoint_is_evaluated(here, recipe, capsys):
     assert "Class II" in printed
 
 
+def test_bf16_reaches_every_measurement(here, recipe, monkeypatch):
+    """Fault: a flag that curves, image classes or the check with random weights do not see."""
+    module, seen = recipe("evaluate_faithfulness"), {}
+
+    def watched(name):
+        measure = getattr(module, name)
+
+        def watch(model, *args, **options):
+            seen[name] = set()
+            hook = model.register_forward_hook(lambda _, __, output: seen[name].add(output.logits.dtype))
+            found = measure(model, *args, **options)
+            hook.remove()
+            return found
+
+        return watch
+
+    for name in ("evaluate_faithfulness", "find_image_classes", "randomized_weights_correlation"):
+        monkeypatch.setattr(module, name, watched(name))
+    argv = ["out/runs/sgt-seed0", "--dataset", "digits", "--max_eval_samples", "20", "--steps", "2", "--bf16"]
+    module.main([*argv, "--output", "half", "--device", "cpu"])
+    assert load_results("half/results.json").settings["bf16"] is True
+    assert len(seen) == 3
+    for dtypes in seen.values():
+        assert dtypes == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

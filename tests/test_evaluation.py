@@ -12,6 +12,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from smoot_hf import functional as SF
+from smoot_hf.attributions import attribute
 from smoot_hf.bootstrap import bootstrap_interval
 from smoot_hf.comparison import compare_faithfulness
 from smoot_hf.convention import DEFAULT, PAPER, Convention, resolve_convention
@@ -200,6 +201,31 @@ def test_forward_passes_are_the_floor():
     seen.clear()
     evaluate_faithfulness(Counting(), data, pixel_values, steps=4)
     assert sum(seen) == 6 * (2 + 4 * 3)
+
+
+@pytest.mark.parametrize("target", ["label", "predicted"])
+@pytest.mark.parametrize("score", ["logit", "log_prob"])
+def test_the_gradient_comes_out_of_the_unmasked_pass(score, target):
+    """Catches a second unmasked forward pass, and a gradient that is not the one that `attribute` gives."""
+    seen = []
+
+    class Counting(nn.Sequential):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    data, model = rows(6), Counting(*small_model())
+    convention = Convention(measure="probability", score=score, target=target)
+
+    def separately(model, images, target):
+        return attribute(model, images, target, torch.arange(len(images)), score=score)
+
+    shared = evaluate_faithfulness(model, data, steps=4, convention=convention, curves=())
+    assert sum(seen) == 6 * 5
+    apart = evaluate_faithfulness(model, data, separately, steps=4, convention=convention, curves=())
+    assert torch.equal(shared.deletion.sample_auc, apart.deletion.sample_auc)
+    assert shared.accuracy == apart.accuracy
+    assert not shared.deletion_curve.requires_grad
 
 
 # --- conventions -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,228 @@
+"""Ways to find the exactly K least salient pixels of every image, with K of its own and ties broken by position.
+
+    python recipes/benchmarks/ranking.py [--turns 9] [--threads 1] [--output FILE.json]
+
+Time: a minute on one core. The ways take turns; the ratio is taken within a turn. Before anything is timed each way
+must give what the first gives, bit for bit, on ties, NaN, infinities, subnormal numbers, -0.0
+beside 0.0, K = 0 and K = H*W.
+
+  argsort       stable argsort of every row, the first K places scattered back.
+  one sort      what functional/masking.py does: one stable sort of integer keys (image, value) of the whole batch, for
+                which torch has a radix sort on CPUs; from 32,768 positions on.
+  sort int32    the same of int32 keys in the order of the floats.
+  unique int64  keys (value << 32 | position), which have no ties: unstable sort, then all up to the K-th.
+  threshold     unstable sort of the floats, all below the K-th value, and of those equal to it the first by a
+                cumulative sum.
+  threshold32   the same of the int32 keys, as is what follows.
+  bisection     the K-th key bit by bit: 32 counts (16 of bfloat16) instead of a sort.
+  histogram     the K-th key byte by byte: 4 histograms (2 of bfloat16) of 256 counts a row.
+
+`kthvalue` and `topk` take one K for all rows and are no way to a K of each image's own.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smoot_hf.functional import least_salient_mask
+
+SIZES = {"256 x 28x28": (256, 28, 28), "256 x 32x32": (256, 32, 32), "64 x 224x224": (64, 224, 224)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Signed integers as wide as a float, and their largest.
+BITS = {torch.float32: (32, torch.int32), torch.bfloat16: (16, torch.int16)}
+
+
+def keys_of(saliency: Tensor) -> Tensor:
+    """Signed integers (B, H*W) as wide as the floats and in their order: -0.0 is 0.0, NaN above everything."""
+    bits, integer = BITS[saliency.dtype]
+    largest = (1 << (bits - 1)) - 1
+    flat = saliency.flatten(1)
+    raw = torch.where(flat == 0, 0.0, flat).view(integer)
+    return torch.where(flat.isnan(), largest, raw ^ ((raw >> (bits - 1)) & largest))
+
+
+def up_to_threshold(values: Tensor, threshold: Tensor, k: Tensor, shape: torch.Size) -> Tensor:
+    """The positions below the K-th value (B, 1) and, of those equal to it, the first until there are K."""
+    below = values < threshold
+    equal = values == threshold
+    missing = k[:, None] - below.sum(dim=1, keepdim=True)
+    return (below | (equal & (equal.cumsum(dim=1) <= missing))).reshape(shape[0], 1, *shape[1:])
+
+
+def at_rank(rising: Tensor, k: Tensor) -> Tensor:
+    """The K-th of each row (B, 1); of K = 0 the first, which `up_to_threshold` then leaves."""
+    return rising.gather(1, (k[:, None].long() - 1).clamp_min(0))
+
+
+def argsort(saliency: Tensor, k: Tensor) -> Tensor:
+    """See the head of the file, as for all that follow."""
+    return first_places(saliency.flatten(1).argsort(dim=1, stable=True), saliency, k)
+
+
+def sort_int32(saliency: Tensor, k: Tensor) -> Tensor:
+    """Integer keys."""
+    return first_places(keys_of(saliency).sort(dim=1, stable=True).indices, saliency, k)
+
+
+def first_places(order: Tensor, saliency: Tensor, k: Tensor) -> Tensor:
+    """The mask of the first K of each row of positions."""
+    in_budget = torch.arange(order.shape[1], device=order.device) < k[:, None]
+    return torch.empty_like(in_budget).scatter_(1, order, in_budget).reshape(len(k), 1, *saliency.shape[1:])
+
+
+def unique_int64(saliency: Tensor, k: Tensor) -> Tensor:
+    """Keys without ties."""
+    keys = keys_of(saliency).long()
+    keys = (keys << 32) | torch.arange(keys.shape[1], device=keys.device)
+    last = at_rank(keys.sort(dim=1).values, k)
+    return ((keys <= last) & (k[:, None] > 0)).reshape(len(k), 1, *saliency.shape[1:])
+
+
+def threshold(saliency: Tensor, k: Tensor) -> Tensor:
+    """The floats themselves, NaN as something above infinity: it is equal to nothing."""
+    flat = saliency.flatten(1)
+    last = at_rank(flat.sort(dim=1).values, k)
+    is_nan = flat.isnan()
+    last_is_nan = last.isnan()
+    below = torch.where(last_is_nan, ~is_nan, flat < last)
+    equal = torch.where(last_is_nan, is_nan, flat == last)
+    missing = k[:, None] - below.sum(dim=1, keepdim=True)
+    return (below | (equal & (equal.cumsum(dim=1) <= missing))).reshape(len(k), 1, *saliency.shape[1:])
+
+
+def threshold32(saliency: Tensor, k: Tensor) -> Tensor:
+    """The integer keys."""
+    keys = keys_of(saliency)
+    return up_to_threshold(keys, at_rank(keys.sort(dim=1).values, k), k, saliency.shape)
+
+
+def bisection(saliency: Tensor, k: Tensor) -> Tensor:
+    """The K-th key is the largest number that fewer than K keys are below."""
+    keys = keys_of(saliency)
+    bits = BITS[saliency.dtype][0]
+    found = torch.full_like(keys[:, :1], -(1 << (bits - 1)))
+    for bit in reversed(range(bits)):
+        candidate = found ^ -(1 << bit) if bit == bits - 1 else found | (1 << bit)
+        found = torch.where((keys < candidate).sum(dim=1, keepdim=True) < k[:, None], candidate, found)
+    return up_to_threshold(keys, found, k, saliency.shape)
+
+
+def histogram(saliency: Tensor, k: Tensor) -> Tensor:
+    """Counts of the first byte, then of the second of those with the chosen first, and so on."""
+    keys = keys_of(saliency)
+    bits = BITS[saliency.dtype][0]
+    missing = k[:, None].long()
+    chosen = torch.ones_like(keys, dtype=torch.int32)
+    found = torch.zeros(len(k), 1, dtype=torch.int64, device=keys.device)
+    unsigned = keys.long() + (1 << (bits - 1))
+    for shift in range(bits - 8, -1, -8):
+        byte = (unsigned >> shift) & 255
+        counts = torch.zeros(len(k), 256, dtype=torch.int32, device=keys.device).scatter_add_(1, byte, chosen)
+        upto = counts.cumsum(dim=1)
+        digit = (upto < missing).sum(dim=1, keepdim=True).clamp_max(255)
+        missing = missing - (upto - counts).gather(1, digit)
+        chosen = chosen * (byte == digit)
+        found = (found << 8) | digit
+    return up_to_threshold(unsigned, found, k, saliency.shape)
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "argsort": argsort,
+    "one sort": least_salient_mask,
+    "sort int32": sort_int32,
+    "unique int64": unique_int64,
+    "threshold": threshold,
+    "threshold32": threshold32,
+    "bisection": bisection,
+    "histogram": histogram,
+}
+
+
+def hard_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Saliency and K where a way that is nearly right goes wrong."""
+    generator = torch.Generator().manual_seed(0)
+    special = torch.tensor([math.nan, -math.nan, 0.0, -0.0, math.inf, -math.inf, 1e-42, -1e-42, 1.0, -1.0])
+    tied = special[torch.randint(len(special), (64, 9, 7), generator=generator)]
+    few = torch.randint(-3, 4, (64, 9, 7), generator=generator) / 2
+    some_nan = torch.randn(64, 9, 7, generator=generator).masked_fill(few == 0, math.nan)
+    k = torch.randint(64, (64,), generator=generator).to(torch.int32)
+    k[0], k[1] = 0, 63
+    constant = [torch.full((64, 9, 7), value) for value in (0.0, -0.0, math.nan, math.inf)]
+    return [(values.to(device, dtype), k.to(device)) for values in (tied, few, some_nan, *constant)]
+
+
+def check(device: torch.device) -> None:
+    """Raise where a way differs from the first."""
+    for dtype in DTYPES.values():
+        for saliency, k in hard_cases(device, dtype):
+            for name, way in WAYS.items():
+                if not torch.equal(way(saliency, k), argsort(saliency, k)):
+                    raise AssertionError(f"{name} is another mask in {dtype}")
+
+
+def milliseconds(way: Callable[[Tensor, Tensor], Tensor], saliency: Tensor, k: Tensor) -> float:
+    """Wall-clock time of one call, the device's work included."""
+    if saliency.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    way(saliency, k)
+    if saliency.is_cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def measure(saliency: Tensor, k: Tensor, turns: int) -> dict[str, dict[str, float]]:
+    """Median time of each way with its extremes, and how many times as fast as argsort it is in the same turn."""
+    for way in WAYS.values():
+        milliseconds(way, saliency, k)
+    measured = [{name: milliseconds(way, saliency, k) for name, way in WAYS.items()} for _ in range(turns)]
+    results = {}
+    for name in WAYS:
+        times = [turn[name] for turn in measured]
+        speedup = statistics.median(turn["argsort"] / turn[name] for turn in measured)
+        results[name] = {"ms": statistics.median(times), "min": min(times), "max": max(times), "speedup": speedup}
+    return results
+
+
+def main() -> None:
+    """Check, measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=9, help="Turns to measure, after one to warm up (default 9).")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch.")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark/ranking.json"), help="JSON file.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for device in (torch.device(name) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()):
+        check(device)
+        for size, (batch, height, width) in SIZES.items():
+            generator = torch.Generator().manual_seed(0)
+            values = torch.randn(batch, height, width, generator=generator)
+            k = torch.randint(height * width // 5, height * width * 4 // 5, (batch,), generator=generator)
+            for name, dtype in DTYPES.items():
+                case = f"{device.type}, {size}, {name}"
+                results[case] = measure(values.to(device, dtype), k.to(device, torch.int32), arguments.turns)
+                print(f"\n{case}\n{'':<14}{'ms':>9}{'times as fast':>15}   min .. max")
+                for way, r in results[case].items():
+                    print(f"{way:<14}{r['ms']:>9.2f}{r['speedup']:>15.2f}   {r['min']:.2f} .. {r['max']:.2f}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    arguments.output.write_text(
+        json.dumps({"settings": settings, "turns": arguments.turns, "results": results}, indent=2)
+    )
+    print(f"\nwritten to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
