@@ -7,6 +7,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import loopback_hub
+
+# The Hub of the tests: nothing answers there, and the client stays offline, unless a test asks for `hub`.
+os.environ |= {
+    "HF_ENDPOINT": loopback_hub.ENDPOINT,
+    "HF_TOKEN": loopback_hub.TOKEN,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
 import torch
 from hypothesis import settings
 
@@ -160,6 +170,15 @@ def largest_difference(one, other):
     """Over all tensors, relative to the largest entry of each (at least 1e-3: some gradients are rounding alone)."""
     assert one.keys() == other.keys()
     return max(((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-3)).item() for n in one)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A `LoopbackHub` that the client of this process talks to."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = loopback_hub.LoopbackHub(tmp_path / "hub")
+    yield server
+    server.close()
 
 
 class StepRecorder:
