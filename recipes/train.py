@@ -22,6 +22,7 @@ import torch
 from budget_history import RecordBudget
 from command_line import RecipeArguments, make_parser, parse
 from datasets import DatasetDict
+from publish import publish
 from run_record import RunRecord
 from transformers import EvalPrediction, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -161,12 +162,13 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
-    """Train, evaluate, save model, processor, metrics and the run's record, and print a summary."""
+    """Train, evaluate, save model, processor, metrics, record and card, print a summary, and push where asked."""
     trainer.add_callback(RecordBudget(trainer))
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe).save(args.output_dir)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    # Without the push that comes with it: there is no card yet.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -175,7 +177,8 @@ def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArg
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe, result.metrics["train_runtime"]).save(args.output_dir)
-        print(summary(trainer, args, recipe, metrics))
+        print(summary(trainer, args, recipe, metrics), flush=True)
+    publish(trainer, args, recipe)
     return metrics
 
 

@@ -14,6 +14,7 @@ from . import functional as SF
 from .checkpoint_weights import has_other_names, load_translated
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
+from .hub_trainer import HubTrainer
 from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
@@ -35,7 +36,7 @@ _NO_INDEX = (
 )
 
 
-class SmootTrainer(IndexedTrainer):
+class SmootTrainer(HubTrainer, IndexedTrainer):
     """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
 
     Takes the place of `transformers.Trainer` for any image classifier whose output has `logits`. The trainer itself

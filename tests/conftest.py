@@ -129,7 +129,7 @@ def quick_args(tmp_path):
     """`SmootTrainingArguments` of a six-step run; keywords override."""
 
     def make(**overrides):
-        return SmootTrainingArguments(output_dir=str(tmp_path / "run"), **(QUICK | overrides))
+        return SmootTrainingArguments(**({"output_dir": str(tmp_path / "run")} | QUICK | overrides))
 
     return make
 

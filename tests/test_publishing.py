@@ -1,0 +1,315 @@
+"""The life of a model on the Hub: pushed by the trainer, used without smoot_hf, taken up again on another machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, TinyImages, build, parameters
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from loopback_hub import ENDPOINT, TOKEN, USER
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+from transformers.models.timm_wrapper import TimmWrapperImageProcessor
+
+from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments, evaluate_faithfulness
+from smoot_hf.models import load_image_processor, load_model
+
+pytestmark = [
+    # The client's own, on every LFS upload.
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    # Old releases of matplotlib warn of what their own dependencies will drop.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*"),
+]
+LABELS = ["ant", "bee", "cat"]
+
+
+class Uint8Images(Dataset):
+    """Noise as decoded images: uint8 rows, labels in turn."""
+
+    def __init__(self, channels, size, length=12):
+        generator = torch.Generator().manual_seed(length)
+        self.images = torch.randint(0, 256, (length, channels, *size), dtype=torch.uint8, generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.images[i], "labels": i % len(LABELS)}
+
+
+def grey_cnn():
+    model = load_model("cnn", labels=LABELS, image_size=(8, 9), num_channels=1)
+    return model, load_image_processor("cnn", model, (8, 9), (0.4,), (0.3,)), (8, 9)
+
+
+def names():
+    return {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+
+
+def vit(channels=3):
+    """Made larger on its way into the model, by other means and deviations than the default ones."""
+    config = ViTConfig(image_size=12, patch_size=4, num_channels=channels, hidden_size=16, num_hidden_layers=1,
+                       num_attention_heads=2, intermediate_size=16, initializer_range=0.5, **names())  # fmt: skip
+    processor = ViTImageProcessor(
+        size={"height": 12, "width": 12}, image_mean=[0.4, 0.5, 0.6][:channels], image_std=[0.2, 0.3, 0.4][:channels]
+    )
+    return ViTForImageClassification(config), processor, (10, 7)
+
+
+def timm():
+    """Resized by Pillow, cropped."""
+    data = {"input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 0.8, "mean": (0.5,) * 3,
+            "std": (0.25,) * 3, "num_classes": 3}  # fmt: skip
+    config = TimmWrapperConfig.from_dict(
+        {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": data, "num_classes": 3, "model_args": {
+            "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}}
+    )  # fmt: skip
+    config.id2label, config.label2id = names().values()
+    model = TimmWrapperForImageClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # From its own start it tells no images apart.
+            parameter.mul_(5)
+    return model, TimmWrapperImageProcessor(data, "vit_tiny_patch16_224"), (40, 31)
+
+
+def published(name, parts, folder):
+    """Train for some steps and push; the evaluation images as files, and what the trainer says of them."""
+    model, processor, size = parts
+    channels = len(InputPipeline.from_image_processor(processor).mean)
+    test = Uint8Images(channels, size, length=5)
+    args = SmootTrainingArguments(str(folder / name), **QUICK, hub_model_id=f"{USER}/{name}")
+    trainer = SmootTrainer(
+        model=model, args=args, train_dataset=Uint8Images(channels, size), eval_dataset=test,
+        processing_class=processor, input_pipeline=InputPipeline.from_image_processor(processor),
+    )  # fmt: skip
+    trainer.train()
+    found = evaluate_faithfulness(trainer.model, test, input_pipeline=trainer.input_pipeline, steps=2)
+    trainer.push_to_hub(dataset="noise", faithfulness=[found])
+    paths = []
+    for i, image in enumerate(test.images):
+        paths.append(str(folder / f"{name}-{i}.png"))
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(paths[-1])
+    logits = torch.from_numpy(trainer.predict(test).predictions)
+    return paths, logits.softmax(dim=1)
+
+
+def test_a_published_model_is_used_without_smoot_hf(hub, tmp_path):
+    """Fault: another image processor than the evaluation's, code that needs the package, a card whose code is wrong.
+
+    Probabilities agree to 1e-5: rounding of float32, added up in another order.
+    """
+    torch.manual_seed(0)
+    repositories = {"grey-cnn": grey_cnn(), "vit": vit(), "timm": timm()}
+    expected, asked = {}, []
+    for name, parts in repositories.items():
+        images, expected[f"{USER}/{name}"] = published(name, parts, tmp_path)
+        # The architectures of transformers and timm need no code of anybody.
+        asked.append({"repo": f"{USER}/{name}", "trust_remote_code": name == "grey-cnn", "images": images})
+    (tmp_path / "elsewhere").mkdir()
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "PYTHONPATH")
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "without_us.py"), "answers.json"],
+        input="\n".join(map(json.dumps, asked)), cwd=tmp_path / "elsewhere", capture_output=True, text=True,
+        env={**environment, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads((tmp_path / "elsewhere" / "answers.json").read_text())
+    for repo, probabilities in expected.items():
+        assert probabilities.std(dim=0).min() > 1e-4, "all images alike show nothing"
+        for way in ("pipeline", "by_hand"):
+            torch.testing.assert_close(torch.tensor(answers[repo][way]), probabilities, rtol=0, atol=1e-5)
+        assert answers[repo]["drew"] > 1000
+    assert hub.unknown == []
+
+
+def test_the_repository_holds_what_belongs_together(hub, tmp_path):
+    """Fault: a push without code, processor, card or results, or with somebody's training state."""
+    published("grey-cnn", grey_cnn(), tmp_path)
+    files = set(hub.repository("models", f"{USER}/grey-cnn").files())
+    assert files >= {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json",
+                     "modeling_smoot_cnn.py", "grey_image_processor.py", "figures/curves.png", "figures/saliency.png",
+                     "figures/k_histogram.png"}  # fmt: skip
+    assert not [name for name in files if "budget" in name or "checkpoint" in name]
+    card = ModelCard(hub.content(hub.repository("models", f"{USER}/grey-cnn").files()["README.md"],
+                                 hub.repository("models", f"{USER}/grey-cnn")).decode())  # fmt: skip
+    assert f'pipeline("image-classification", "{USER}/grey-cnn", trust_remote_code=True)' in card.text
+
+
+class StopAt(TrainerCallback):
+    """A machine that goes away after a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_another_machine_goes_on_from_the_hub(hub, quick_trainer, tmp_path, strategy):
+    """Fault: K, or anything else that training goes on from, does not reach the Hub."""
+    settings = {"step_size": 500, "max_steps": 8, "save_steps": 100, "save_strategy": "steps"}
+    whole = quick_trainer("cnn", **settings)
+    whole.train()
+    pushed = {"push_to_hub": True, "hub_model_id": "run", "hub_strategy": strategy, "save_total_limit": 1}
+    first = quick_trainer("cnn", **settings, **pushed, output_dir=str(tmp_path / "first"),
+                          trainer_kwargs={"callbacks": [StopAt(4)]})  # fmt: skip
+    first.train()
+    assert first.failed_pushes == []
+    place = "last-checkpoint" if strategy == "checkpoint" else "checkpoint-4"
+    copy = snapshot_download(f"{USER}/run", local_dir=tmp_path / "copy", endpoint=ENDPOINT)
+    assert (Path(copy) / place / "mask_budget.safetensors").is_file()
+    # The model at the root brings its code, though training is not over.
+    assert {"modeling_smoot_cnn.py", "model.safetensors", "config.json"} <= set(os.listdir(copy))
+    second = quick_trainer("cnn", **settings, output_dir=str(tmp_path / "second"))
+    second.train(resume_from_checkpoint=str(Path(copy) / place))
+    assert torch.equal(second.mask_budget.k, whole.mask_budget.k)
+    assert len(whole.mask_budget.k.unique()) > 1
+    for (name, one), two in zip(parameters(whole).items(), parameters(second).values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_other_strategies_push_no_training_state(hub, trained, strategy):
+    """Fault: the optimizer and K of a run in a repository that was to hold the model alone."""
+    trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy=strategy, hub_always_push=True,
+            save_strategy="steps", save_steps=3)  # fmt: skip
+    repository = hub.repository("models", f"{USER}/run")
+    assert not [name for name in repository.files() if "checkpoint" in name or "budget" in name]
+    assert len(repository.messages()) == (1 if strategy == "end" else 3)
+
+
+def test_every_checkpoint_arrives_though_old_ones_are_deleted(hub, trained):
+    """Fault: a checkpoint deleted while it is uploaded, or skipped while the one before it is."""
+    trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy="all_checkpoints", save_strategy="steps",
+            save_steps=1, save_total_limit=1)  # fmt: skip
+    folders = {name.split("/")[0] for name in hub.repository("models", f"{USER}/run").files() if "/" in name}
+    assert folders == {f"checkpoint-{step}" for step in range(1, 7)}
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The client waits seconds before it tries again."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+
+
+@pytest.fixture
+def publisher(hub, quick_trainer, no_waiting):
+    """A trainer with a repository, ready to push."""
+    return quick_trainer("vit", push_to_hub=True, hub_model_id="run")
+
+
+def weights_on_hub(hub):
+    repository = hub.repository("models", f"{USER}/run")
+    entry = repository.files().get("model.safetensors")
+    return None if entry is None else hub.content(entry, repository)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/commit/", 401),
+        ("POST", "/commit/", 403),
+        ("POST", "/preupload/", 404),
+        ("POST", "/commit/", 409),
+        ("PUT", "/lfs/", 413),
+        ("POST", "/commit/", 413),
+        ("POST", "/commit/", 429),
+        ("POST", "/commit/", 500),
+    ],
+)
+def test_a_push_that_failed_says_what_to_do_and_loses_nothing(hub, publisher, tmp_path, method, path, status):
+    """Fault: an error without a way out, half a commit on the Hub, or a local model that was not written first."""
+    hub.fail(method, path, status, times=99)
+    with pytest.raises((OSError, RuntimeError)) as failure:
+        publisher.push_to_hub()
+    note = "".join(failure.value.__notes__)
+    assert f"Nothing is lost: {tmp_path / 'run'} has it all" in note
+    assert f"hf upload {USER}/run {tmp_path / 'run'} ." in note
+    assert weights_on_hub(hub) is None
+    saved = type(publisher.model).from_pretrained(tmp_path / "run")
+    assert all(torch.equal(one, two) for one, two in zip(saved.parameters(), publisher.model.parameters(), strict=True))
+    # And what it says works, once the Hub does.
+    hub.faults.clear()
+    HfApi(endpoint=ENDPOINT, token=TOKEN).upload_folder(repo_id=f"{USER}/run", folder_path=tmp_path / "run")
+    assert weights_on_hub(hub) == (tmp_path / "run" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/preupload/", 429), ("POST", "/objects/batch", 429), ("PUT", "/lfs/", 500), ("PUT", "/lfs/", 503)],
+)
+def test_what_passes_is_tried_again(hub, publisher, tmp_path, method, path, status):
+    """Fault: a busy Hub taken for a refusal."""
+    hub.fail(method, path, status, times=2, Retry_After="0")
+    publisher.push_to_hub()
+    assert hub.count(method, path) >= 3
+    assert weights_on_hub(hub) == (tmp_path / "run" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_connection_lost_in_the_middle_of_the_weights(hub, quick_trainer, no_waiting, tmp_path, times):
+    """Fault: half of the weights taken for the whole, or a second attempt that sends their second half alone."""
+    config = ViTConfig(image_size=8, patch_size=4, hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
+                       intermediate_size=512, num_labels=4)  # fmt: skip
+    trainer = quick_trainer(ViTForImageClassification(config), push_to_hub=True, hub_model_id="run")
+    hub.drop("PUT", "/lfs/", after=1_500_000, times=times)
+    if times == 1:
+        trainer.push_to_hub()
+        assert weights_on_hub(hub) == (tmp_path / "run" / "model.safetensors").read_bytes()
+        return
+    with pytest.raises(RuntimeError, match=r"Error while uploading 'model.safetensors'") as failure:
+        trainer.push_to_hub()
+    assert "Nothing is lost" in "".join(failure.value.__notes__)
+    assert weights_on_hub(hub) is None
+
+
+def test_a_refused_token_is_known_before_training(hub, quick_trainer):
+    """Fault: hours of training before the first word of a token that may not write."""
+    with pytest.raises(OSError, match="401"):
+        quick_trainer("vit", push_to_hub=True, hub_model_id="run", hub_token="hf_wrong")
+    with pytest.raises(OSError, match="403"):
+        quick_trainer("vit", push_to_hub=True, hub_model_id="somebody-else/run")
+
+
+def test_a_push_in_the_background_that_failed_is_told(hub, quick_trainer, monkeypatch, no_waiting):
+    """Fault: the Trainer never asks how its jobs ended, and training state is missing on the Hub without a word."""
+    said = []
+    monkeypatch.setattr("smoot_hf.hub_trainer.logger.warning", said.append)
+    trainer = quick_trainer("vit", push_to_hub=True, hub_model_id="run", hub_strategy="checkpoint",
+                            save_strategy="steps", save_steps=6)  # fmt: skip
+    hub.fail("POST", "/commit/", 403, times=2)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert len(trainer.failed_pushes) == 2
+    assert said == trainer.failed_pushes
+    assert all("403 Forbidden" in line and "last-checkpoint" in line for line in said), said
+    trainer.push_to_hub()
+    assert weights_on_hub(hub) is not None
+
+
+def test_a_model_name_is_enough(hub, quick_trainer):
+    """`push_to_hub=False` and a push by hand, as in Trainer; catches a repository that nobody created."""
+    trainer = quick_trainer(build("vit"), trainer_kwargs={"eval_dataset": TinyImages(8)})
+    trainer.evaluate()
+    trainer.push_to_hub()
+    assert weights_on_hub(hub) is not None
