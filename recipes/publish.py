@@ -9,10 +9,11 @@ from torch.utils.data import Subset
 
 from smoot_hf import Faithfulness, SmootTrainer, SmootTrainingArguments, evaluate_faithfulness
 from smoot_hf.fingerprint import hub_revision
+from smoot_hf.functional.removal import Fill
 from smoot_hf.hub_trainer import first_line
 
 # The two fills of the tables: the fill moves the AUC as much as a training method does.
-_FILLS = ("corner", "mean")
+_FILLS: tuple[Fill, ...] = ("corner", "mean")
 
 
 def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> None:

@@ -22,7 +22,8 @@ class HubTrainer(Trainer):
     """A `Trainer` that publishes what it has trained.
 
     Attributes:
-        failed_pushes: one line for every push in the background that failed, with what to do; also logged.
+        failed_pushes: one line for every push of training state that failed in the background, with what to do. All
+            failures are logged; what other strategies push during training, the next push takes along.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -112,12 +113,17 @@ class HubTrainer(Trainer):
     def _note_failure(self, checkpoint_folder: str, job: Future) -> None:
         """The Trainer waits for its jobs and never asks how they ended."""
         error = None if job.cancelled() else job.exception()
-        if error is not None:
-            line = f"a push during training failed: {first_line(error)}. " + self._what_to_do(
-                checkpoint_folder, "last-checkpoint"
-            )
+        if error is None:
+            return
+        line = f"a push during training failed: {first_line(error)}. "
+        if self._pushes_checkpoints():
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            place = "last-checkpoint" if is_last else os.path.basename(checkpoint_folder)
+            line += self._what_to_do(checkpoint_folder, place)
             self.failed_pushes.append(line)
-            logger.warning(line)
+        else:
+            line += "Nothing is lost: the next push takes it along"
+        logger.warning(line)
 
     def _what_to_do(self, folder: str, place: str = ".") -> str:
         repo = getattr(self, "hub_model_id", None) or self.args.hub_model_id or "USER/NAME"

@@ -1,5 +1,6 @@
 """The life of a model on the Hub: pushed by the trainer, used without smoot_hf, taken up again on another machine."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -313,3 +314,57 @@ def test_a_model_name_is_enough(hub, quick_trainer):
     trainer.evaluate()
     trainer.push_to_hub()
     assert weights_on_hub(hub) is not None
+
+
+# --- the recipes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits(hub, monkeypatch, tmp_path, no_waiting):
+    """recipes/train_digits.py, one epoch, pushed."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*flags):
+        argv = ["--use_cpu", "--num_train_epochs", "1", "--max_train_samples", "200", "--max_eval_samples", "60",
+                "--disable_tqdm", "true", "--push_to_hub", "--hub_model_id", "run", "--output_dir", "out"]  # fmt: skip
+        return importlib.import_module("train").main(importlib.import_module("train_digits").DEFAULTS, [*argv, *flags])
+
+    return run
+
+
+def test_a_recipe_ends_with_its_push(hub, digits):
+    """Fault: a card without what was measured, because the push came before it."""
+    digits("--card_samples", "20", "--hub_strategy", "checkpoint")
+    repository = hub.repository("models", f"{USER}/run")
+    assert repository.messages()[0] == "End of training"
+    assert "End of training" not in repository.messages()[1:]
+    card = hub.content(repository.files()["README.md"], repository).decode()
+    assert "on 20 images of it" in card
+    assert "| `optimizer` | `Adadelta` |" in card
+    assert "last-checkpoint/mask_budget.safetensors" in repository.files()
+
+
+@pytest.mark.parametrize(("path", "status"), [("/commit/", 403), ("/preupload/", 500)])
+def test_a_recipe_whose_push_failed_says_so_in_one_line(hub, digits, capsys, path, status):
+    """Fault: exit code 0, a traceback, or a run without its results."""
+    hub.fail("POST", path, status, times=99)
+    with pytest.raises(SystemExit) as stop:
+        digits("--card_samples", "20")
+    assert stop.value.code == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "push" in line]
+    assert len(told) == 1
+    assert "the push to the Hub failed: " in told[0]
+    assert str(status) in told[0]
+    assert f"hf upload {USER}/run out ." in told[0]
+    assert {"model.safetensors", "README.md", "results.json", "eval_results.json", "run.json"} <= set(os.listdir("out"))
+
+
+def test_a_recipe_with_a_refused_token_does_not_begin(digits, capsys):
+    """Fault: a traceback, or a training that cannot be published."""
+    with pytest.raises(SystemExit) as stop:
+        digits("--hub_token", "hf_wrong")
+    assert stop.value.code == 2
+    assert "401" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not Path("out/model.safetensors").exists()
