@@ -74,10 +74,10 @@ class RecipeArguments:
 class OneLineParser(HfArgumentParser):
     """An `HfArgumentParser` whose errors are one line: the usage of two hundred flags would bury them."""
 
-    def error(self, message: str) -> NoReturn:
-        """Print `message` to stderr and exit with code 2."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+    def error(self, message: str, code: int = 2) -> NoReturn:
+        """Print `message` to stderr, in one line, and exit with `code`."""
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(code)
 
 
 def make_parser(defaults: Mapping[str, Any], description: str) -> OneLineParser:

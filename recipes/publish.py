@@ -1,6 +1,5 @@
 """The end of a run: the model card with what is measured for it and, where it was asked for, the push to the Hub."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.utils.data import Subset
 from smoot_hf import Faithfulness, SmootTrainer, SmootTrainingArguments, evaluate_faithfulness
 from smoot_hf.fingerprint import hub_revision
 from smoot_hf.functional.removal import Fill
-from smoot_hf.hub_trainer import first_line
+from smoot_hf.hub_trainer import PushError
 
 # The two fills of the tables: the fill moves the AUC as much as a training method does.
 _FILLS: tuple[Fill, ...] = ("corner", "mean")
@@ -19,8 +18,8 @@ _FILLS: tuple[Fill, ...] = ("corner", "mean")
 def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> None:
     """Write card, figures and results.json into the run's folder, and push it where `push_to_hub` says so.
 
-    A push that failed, now or during training, ends the process with one line on stderr for each and exit code 1: the
-    model is saved by then.
+    Raises:
+        PushError: what the Hub lacks, now or since a push during training; the model is saved by then.
     """
     # Of a local folder its name alone: the rest is nobody's business.
     card: dict[str, Any] = {"dataset": Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset}
@@ -28,20 +27,12 @@ def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
         card["faithfulness"] = measure(trainer, args, recipe)
         on_hub = hub_revision(trainer.train_dataset)
         card["dataset_tags"] = on_hub and on_hub[0]
-    failures: list[str] = []
-    if args.push_to_hub:
-        try:
-            trainer.push_to_hub(**card)
-        except Exception as error:
-            # Whatever it is, the run's folder is whole, and the note says how to go on.
-            failures.append(" ".join([f"the push to the Hub failed: {first_line(error)}.", *error.__notes__]))
-    else:
+    if not args.push_to_hub:
         trainer.create_model_card(**card)
-    failures = [*trainer.failed_pushes, *failures]
-    for line in failures:
-        print(line, file=sys.stderr)
-    if failures:
-        raise SystemExit(1)
+        return
+    trainer.push_to_hub(**card)
+    if trainer.failed_pushes:
+        raise PushError("; ".join(trainer.failed_pushes.values()))
 
 
 def measure(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> list[Faithfulness]:

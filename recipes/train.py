@@ -45,7 +45,8 @@ class Task(NamedTuple):
 def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run a recipe: train, evaluate, save, report.
 
-    What a user can get wrong ends the process with one line on stderr and exit code 2, before training starts.
+    What a user can get wrong ends the process with one line on stderr: with exit code 2 before training starts, with 1
+    from then on (a sample that cannot be used, a full disk, a Hub that does not answer).
 
     Args:
         defaults: values of flags that differ from those of this script.
@@ -67,7 +68,12 @@ def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None =
             f"{args.method} on {recipe.dataset}: {len(task.train)} training and {len(task.test)} test images, ", end=""
         )
         print(f"{trainer.accelerator.num_processes} process(es) on {args.device.type}")
-    return train(trainer, args, recipe)
+    try:
+        return train(trainer, args, recipe)
+    except (ValueError, OSError, KeyError) as error:
+        # A KeyError shows its message in quotes.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        parser.error(str(message), code=1)
 
 
 def checkpoint_to_resume(args: SmootTrainingArguments) -> str | None:
@@ -167,7 +173,7 @@ def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArg
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe).save(args.output_dir)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    # Without the push that comes with it: there is no card yet.
+    # Pushed last, when there is nothing left that a failing Hub could keep from being saved.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)

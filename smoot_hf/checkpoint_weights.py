@@ -37,7 +37,10 @@ def load_translated(model: PreTrainedModel, folder: str) -> None:
     Raises:
         ValueError: the checkpoint lacks weights of the model, or has others: it is another architecture's.
     """
-    restored, report = type(model).from_pretrained(folder, config=model.config, output_loading_info=True)
+    # Sizes that differ are in the report as well, instead of in an error that does not name them.
+    restored, report = type(model).from_pretrained(
+        folder, config=model.config, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise ValueError(

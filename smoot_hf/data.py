@@ -1,6 +1,7 @@
 """Image classification data: loaded by feature type, decoded once into uint8 rows, fetched a batch at a time."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,20 +13,18 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 from torch import Tensor
 
+from .data_columns import IMAGE, LABELS, PIXELS, as_class_labels, find_column
 from .fingerprint import dataset_fingerprint
+from .image_decoding import decode_batch, pixels_of, stored_image
 
 logger = logging.getLogger(__name__)
 
-IMAGE, PIXELS, LABELS = "image", "pixel_values", "labels"
 
 # Where the held-out images are, in this order; the first that is there becomes "test".
 _HELD_OUT = ("test", "validation", "valid", "val")
 
 # What is held in memory of the decoded images at a time, and the size of a piece of the cache.
 _CHUNK_BYTES = 16 * 2**20
-
-_TO_GREY = {"L", "1"}
-_TO_RGB = {"RGB", "P", "PA", "RGBA", "LA", "La", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 def load_image_dataset(
@@ -43,7 +42,8 @@ def load_image_dataset(
         label_column: where several columns hold class labels, or none is marked as such.
 
     Raises:
-        ValueError: a column or a split is missing or ambiguous; the message lists the candidates.
+        ValueError: a column or a split is missing, ambiguous or of the wrong type, or samples have no label; the
+            message lists the candidates.
         OSError: the data are neither in a local directory nor to be had from the Hub.
         ImportError: "digits" without scikit-learn.
     """
@@ -52,14 +52,20 @@ def load_image_dataset(
         raise ValueError(f"data set {name_or_path!r} has no split 'train', only {list(splits)}")
     held_out = next((name for name in _HELD_OUT if name in splits), None)
     chosen = {"train": splits["train"], **({"test": splits[held_out]} if held_out else {})}
-    image_column = _find_column(splits["train"].features, datasets.Image, image_column, "image_column")
-    label_column = _find_column(splits["train"].features, ClassLabel, label_column, "label_column")
+    image_column = find_column(splits["train"].features, datasets.Image, image_column, "image_column")
+    label_column = find_column(splits["train"].features, ClassLabel, label_column, "label_column")
     columns = {image_column: IMAGE, label_column: LABELS}
     renamed = {name: split.select_columns(list(columns)).rename_columns(columns) for name, split in chosen.items()}
-    labelled = _as_class_labels(DatasetDict(renamed))
+    labelled = as_class_labels(DatasetDict(renamed))
     if held_out is None:
         logger.warning("data set %r has no held-out split: a fifth of 'train' is held out as 'test'", name_or_path)
-        labelled = labelled["train"].train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)
+        try:
+            labelled = labelled["train"].train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)
+        except ValueError as error:
+            raise ValueError(
+                f"a fifth of the {len(labelled['train'])} images of {name_or_path!r} cannot be held out ({error}): add "
+                "a split 'test', or more images of each class"
+            ) from error
     return labelled
 
 
@@ -77,9 +83,17 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False) -> Dataset
         The splits with the columns "pixel_values" (fixed-size lists, C x H x W) and "labels".
 
     Raises:
-        ValueError: images of several sizes, or of more than 8 bits per channel.
+        ValueError: a split without images, an image that cannot be decoded, images of several sizes, or of more than 8
+            bits per channel.
     """
-    shape = _pixels(dataset["train"][0][IMAGE], convert_rgb).shape
+    for name, split in dataset.items():
+        if not len(split):
+            raise ValueError(f"split {name!r} of the data set holds no images")
+    feature = dataset["train"].features[IMAGE]
+    undecoded = DatasetDict(
+        {name: split.cast_column(IMAGE, datasets.Image(decode=False)) for name, split in dataset.items()}
+    )
+    shape = pixels_of(stored_image(undecoded["train"][0][IMAGE], feature, "train", 0), convert_rgb).shape
     rows = max(1, _CHUNK_BYTES // int(np.prod(shape)))
     channels, height, width = shape
     features = Features(
@@ -91,16 +105,17 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False) -> Dataset
     return DatasetDict(
         {
             name: split.map(
-                _decode_batch,
+                decode_batch,
                 batched=True,
+                with_indices=True,
                 batch_size=rows,
                 writer_batch_size=rows,
                 features=features,
                 remove_columns=[IMAGE],
-                fn_kwargs={"shape": shape, "convert_rgb": convert_rgb},
+                fn_kwargs={"shape": shape, "convert_rgb": convert_rgb, "feature": feature, "split": name},
                 desc=f"Decoding {name} images",
             )
-            for name, split in dataset.items()
+            for name, split in undecoded.items()
         }
     )
 
@@ -115,7 +130,7 @@ class DecodedImages(torch.utils.data.Dataset):
         dataset: one split of what `decode_images` gave; may be a selection of its rows.
 
     Raises:
-        ValueError: the columns are others, or samples without a label (-1).
+        ValueError: the columns are others, samples without a label (-1), or of a class that has no name.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -126,6 +141,11 @@ class DecodedImages(torch.utils.data.Dataset):
         self._open()
         if len(self._labels) and self._labels.min() < 0:
             raise ValueError("the data set has samples without a label (-1): it cannot be trained or evaluated on")
+        if len(self._labels) and self._labels.max() >= len(self.label_names):
+            raise ValueError(
+                f"the data set has samples of class {self._labels.max()}, but only {len(self.label_names)} classes: "
+                "give all its splits the same class names"
+            )
 
     def _open(self) -> None:
         """Views of the stored rows, one (n, C*H*W) array per piece; no copies."""
@@ -229,11 +249,11 @@ def _flat(chunk: pa.Array) -> np.ndarray:
 def _load(name_or_path: str) -> DatasetDict:
     try:
         return datasets.load_dataset(name_or_path)
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"cannot load the data set {name_or_path!r} ({reason}): --dataset takes a local directory as well"
-        ) from error
+        is_here = os.path.exists(name_or_path)
+        remedy = "mend or replace its files" if is_here else "--dataset takes a local directory as well"
+        raise OSError(f"cannot load the data set {name_or_path!r} ({reason}): {remedy}") from error
 
 
 def _digits() -> DatasetDict:
@@ -247,54 +267,3 @@ def _digits() -> DatasetDict:
     features = Features({IMAGE: datasets.Image(), LABELS: ClassLabel(names=[str(digit) for digit in range(10)])})
     digits = Dataset.from_dict({IMAGE: images, LABELS: bunch.target.tolist()}, features=features)
     return digits.train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)
-
-
-def _find_column(features: Features, feature_type: type, given: str | None, argument: str) -> str:
-    """The one column of a feature type, or the given one."""
-    if given is not None:
-        if given not in features:
-            raise ValueError(f"{argument}={given!r} is not a column of the data set, only {list(features)}")
-        return given
-    candidates = [name for name, feature in features.items() if isinstance(feature, feature_type)]
-    if len(candidates) == 1:
-        return candidates[0]
-    found = f"several columns could be meant, {candidates}" if candidates else f"no column of {dict(features)} fits"
-    raise ValueError(f"{argument} must be set: {found} (type {feature_type.__name__})")
-
-
-def _as_class_labels(splits: DatasetDict) -> DatasetDict:
-    """Number the labels of a plain column of integers or strings, in the same way in every split."""
-    if isinstance(splits["train"].features[LABELS], ClassLabel):
-        return splits
-    values = sorted({value for split in splits.values() for value in split.unique(LABELS)})
-    if not all(isinstance(value, int | str) for value in values):
-        raise ValueError(f"label_column must hold class labels, integers or strings, got {values[:5]}")
-    number = {value: index for index, value in enumerate(values)}
-    class_label = ClassLabel(names=[str(value) for value in values])
-    for name, split in splits.items():
-        numbers = [number[value] for value in split[LABELS]]
-        splits[name] = split.remove_columns(LABELS).add_column(LABELS, numbers, feature=class_label)
-    return splits
-
-
-def _pixels(image: Image.Image, convert_rgb: bool) -> np.ndarray:
-    """uint8 (C, H, W) of one image."""
-    if image.mode not in _TO_GREY | _TO_RGB:
-        raise ValueError(f"images of mode {image.mode!r} have more than 8 bits per channel: scale them to 8 bits first")
-    is_grey = image.mode in _TO_GREY and not convert_rgb
-    array = np.asarray(image.convert("L" if is_grey else "RGB"))
-    return array[None] if is_grey else array.transpose(2, 0, 1)
-
-
-def _decode_batch(batch: dict[str, list[Any]], shape: tuple[int, int, int], convert_rgb: bool) -> pa.Table:
-    arrays = [_pixels(image, convert_rgb) for image in batch[IMAGE]]
-    others = sorted({array.shape for array in arrays} - {shape})
-    if others:
-        raise ValueError(
-            f"all images must have one size, found (channels, height, width) {shape} and {others[:3]}: resize the "
-            "images beforehand, convert_rgb makes grey ones agree with coloured ones, or use a transform of your own"
-        )
-    pixels = pa.array(np.stack(arrays).ravel())
-    for length in reversed(shape):
-        pixels = pa.FixedSizeListArray.from_arrays(pixels, length)
-    return pa.table({PIXELS: pixels, LABELS: pa.array(batch[LABELS], type=pa.int64())})

@@ -62,6 +62,8 @@ def data_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"dataset must have a length and an index, got a {type(dataset).__name__}: streaming=False")
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one image, got an empty one")
     device, dtype, shape = model_device(model), model_dtype(model), None
@@ -84,7 +86,7 @@ def _fetch(dataset: Any, rows: list[int]) -> tuple[Tensor, Tensor]:
     if label is None or "pixel_values" not in first:
         raise ValueError(f"dataset rows must hold 'pixel_values' and 'labels' (or 'label'), got {sorted(first)}")
     pixel_values, labels = (_stack(fetched, name) for name in ("pixel_values", label))
-    if pixel_values.ndim != 4 or labels.ndim != 1 or len(pixel_values) != len(labels):
+    if 0 in pixel_values.shape or pixel_values.ndim != 4 or labels.ndim != 1 or len(pixel_values) != len(labels):
         raise ValueError(
             "dataset rows must hold pixel_values (C, H, W) and one integer label, "
             f"got batches of shapes {tuple(pixel_values.shape)} and {tuple(labels.shape)}"
@@ -95,6 +97,8 @@ def _fetch(dataset: Any, rows: list[int]) -> tuple[Tensor, Tensor]:
 def _stack(fetched: Mapping[str, Any] | Sequence[Mapping[str, Any]], name: str) -> Tensor:
     if isinstance(fetched, Mapping):
         return torch.as_tensor(fetched[name])
+    if any(row[name] is None for row in fetched):
+        raise ValueError(f"dataset rows must hold {name!r}, got None in some: leave those rows out")
     values = [torch.as_tensor(row[name]) for row in fetched]
     if any(value.shape != values[0].shape for value in values):
         raise ValueError(f"{name} must have one shape, got {sorted({tuple(value.shape) for value in values})}")

@@ -31,8 +31,10 @@ class IndexedTrainer(Trainer):
             collator = self.data_collator
         else:
             collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
-        indexed = IndexedCollator(collator, self.label_names[0], num_labels, self.input_pipeline is not None)
+        config = getattr(self.model, "config", None)
+        num_labels, num_channels = (getattr(config, name, None) for name in ("num_labels", "num_channels"))
+        uint8 = self.input_pipeline is not None
+        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8)
         return IndexedDataset(dataset), indexed
 
     def _get_dataloader(

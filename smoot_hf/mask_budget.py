@@ -65,6 +65,8 @@ class MaskBudget:
                 "the ratios must be 0 <= mask_ratio_min <= mask_ratio <= mask_ratio_max <= 1, got "
                 f"mask_ratio_min={mask_ratio_min}, mask_ratio={mask_ratio}, mask_ratio_max={mask_ratio_max}"
             )
+        if min(image_size) < 1:
+            raise ValueError(f"image_size must be at least 1x1 pixels, got {image_size[0]}x{image_size[1]}")
         self.num_samples = num_samples
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.k_min = pixels_of_ratio(mask_ratio_min, self.image_size)
@@ -213,7 +215,10 @@ class MaskBudget:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not a mask budget of format {_FORMAT}")
+                    raise ValueError(
+                        f"{path} is not a mask budget of format {_FORMAT} but {metadata.get('format')}: install the "
+                        "version of smoot_hf that wrote it, or delete the file to start K afresh"
+                    )
                 k, has_moved = file.get_tensor("k"), file.get_tensor("has_moved")
         except (SafetensorError, OSError) as error:
             raise ValueError(
@@ -221,12 +226,16 @@ class MaskBudget:
                 "file to start K afresh"
             ) from error
         self._require_identity(metadata, path)
-        if k.shape != (self.num_samples,) or metadata.get("sha256") != _digest(k, has_moved):
+        if k.shape != (self.num_samples,) or metadata.get("sha256") != _digest(k, has_moved) or not self._holds(k):
             raise ValueError(f"the mask budget {path} is damaged; resume from an earlier checkpoint")
         self._stored.copy_(torch.where(has_moved, ~k, k))
         counts = torch.bincount(k - self.k_min, minlength=len(self._histogram))
         self._histogram.copy_(counts)
         self.epoch = None if metadata["epoch"] == "None" else int(metadata["epoch"])
+
+    def _holds(self, k: Tensor) -> bool:
+        """Whether every entry is an int32 within the bounds."""
+        return k.dtype == torch.int32 and bool(((k >= self.k_min) & (k <= self.k_max)).all())
 
     def _require_identity(self, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
         for name, value in self._identity().items():

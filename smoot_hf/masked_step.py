@@ -51,22 +51,30 @@ def masked_step(
         saliency_model: the module whose modes `saliency_pass="eval"` changes, where `model` wraps it.
 
     Raises:
-        ValueError: the model's output has no `logits`.
+        ValueError: the model's output has no `logits` (B, classes), or they do not carry a gradient.
     """
 
     def forward(network: nn.Module, view: Tensor) -> Any:
         return network(pixel_values=view if resize is None else resize(view), **(other_inputs or {}))
 
+    config = getattr(model if saliency_model is None else saliency_model, "config", None)
+    shape = len(images), getattr(config, "num_labels", None)
+
     leaf = images.detach().requires_grad_()
     with _random_state_rewound(images.device, enabled=args.shared_dropout):
         outputs = forward(model, leaf)
-    logits = logits_of(outputs)
+    logits = logits_of(outputs, *shape)
+    if not logits.requires_grad:
+        raise ValueError(
+            "the model's logits carry no gradient, which saliency is: its forward detaches them or runs under "
+            "torch.no_grad()"
+        )
 
     saliency_logits = logits
     if args.saliency_pass == "eval":
         network = model if saliency_model is None else saliency_model
         with _eval_mode(network):
-            saliency_logits = logits_of(forward(network, leaf))
+            saliency_logits = logits_of(forward(network, leaf), *shape)
     target = labels if args.saliency_target == "label" else saliency_logits.argmax(dim=1)
     score = SF.ranking_score(saliency_logits, target, args.saliency_score)
     saliency = SF.input_saliency(score, leaf, args.signed_saliency)
@@ -78,7 +86,7 @@ def masked_step(
     else:
         noise = SF.counter_uniform(args.seed, epoch, sample_idx, tuple(images.shape[1:]))
         fill = SF.uniform_fill(images, is_masked, noise)
-    masked_logits = logits_of(forward(model, torch.where(is_masked, fill, images)))
+    masked_logits = logits_of(forward(model, torch.where(is_masked, fill, images)), *shape)
 
     reference = logits if args.kl_gradient == "both" else logits.detach()
     return MaskedStep(
@@ -90,17 +98,34 @@ def masked_step(
     )
 
 
-def logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: Any, batch_size: int, num_labels: int | None = None) -> Tensor:
     """The `logits` of a model's output.
 
+    Args:
+        outputs: what the model returned.
+        batch_size: B, images that it was given.
+        num_labels: number of its classes, `None` where nothing says.
+
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or they are not floating point (B, classes).
     """
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
             f"the model's output ({type(outputs).__name__}) has no 'logits': return a ModelOutput or a dict with "
             "logits of shape (B, classes)"
+        )
+    classes = logits.shape[1] if logits.ndim == 2 else None
+    if (
+        classes is None
+        or len(logits) != batch_size
+        or num_labels not in (None, classes)
+        or not torch.is_floating_point(logits)
+    ):
+        expected = f"({batch_size}, {'classes' if num_labels is None else num_labels})"
+        raise ValueError(
+            f"the model's logits must be floating point (B, classes), here {expected}, got {logits.dtype} "
+            f"{tuple(logits.shape)}: return one row per image, with config.num_labels columns"
         )
     return logits
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -55,10 +57,12 @@ def load_model(
         The model, in training mode where it is new and in evaluation mode where it was loaded, as transformers does.
 
     Raises:
-        ValueError: the images do not fit the model, or `patch_size` does not fit it.
-        OSError: the checkpoint is neither a local directory nor to be had from the Hub.
+        ValueError: no image classifier, the images do not fit the model, or `patch_size` does not fit it.
+        OSError: the checkpoint is neither a local directory nor to be had from the Hub, or its weights are torn.
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if patch_size is not None and patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1 pixel, got {patch_size}")
     if patch_size is not None and (name == "cnn" or not from_scratch):
         raise ValueError(f"patch_size={patch_size} needs a patch-based model from scratch (from_scratch=True)")
     if name == "cnn":
@@ -70,14 +74,22 @@ def load_model(
             _deit_tiny_config(image_size, num_channels, patch_size, names)
         )
     config = _load_config(_checkpoint(name), names)
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and type(config) is not PaperCnnConfig:
+        raise ValueError(f"model {name!r} is a {config.model_type!r}, of which transformers has no image classifier")
     if from_scratch:
         _fit_config(config, image_size, num_channels, patch_size)
     _check_channels(name, config, num_channels)
     if from_scratch:
         return AutoModelForImageClassification.from_config(config)
-    return AutoModelForImageClassification.from_pretrained(
-        _checkpoint(name), config=config, ignore_mismatched_sizes=True
-    )
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            _checkpoint(name), config=config, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot load the weights of {name!r} ({_first_line(error)}): fetch or save them again, or train "
+            "--from_scratch"
+        ) from error
 
 
 def load_image_processor(
@@ -141,7 +153,7 @@ def _first_line(error: Exception) -> str:
 def _load_config(checkpoint: str, names: dict[str, Any]) -> Any:
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"cannot load the model {checkpoint!r} ({_first_line(error)}): --model takes a local directory as well"
         ) from error

@@ -14,6 +14,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
         ValueError: naming what is refused, the reason, and what to do instead.
     """
     _refuse_model(trainer)
+    for dataset in _evaluation_sets(trainer.eval_dataset):
+        refuse_evaluation_set(trainer.args, dataset)
     if trainer.args.method != "standard":
         _refuse_training_set(trainer.train_dataset)
         _refuse_parallelism(trainer)
@@ -30,8 +32,34 @@ def _refuse_model(trainer: Trainer) -> None:
     num_labels = getattr(config, "num_labels", None)
     if num_labels is not None and num_labels < 2:
         raise ValueError(f"the model must have at least 2 classes, got num_labels={num_labels}")
+    if getattr(config, "return_dict", True) is False:
+        raise ValueError(
+            "return_dict=False is refused: the loss needs outputs with 'logits', not tuples. Set "
+            "model.config.return_dict = True"
+        )
     if len(trainer.label_names) != 1:
         raise ValueError(f"label_names must name one key of the batch, got {trainer.label_names}")
+
+
+def _evaluation_sets(dataset: Any) -> list[Any]:
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+
+
+def refuse_evaluation_set(args: Any, dataset: Any) -> None:
+    """Raise for an evaluation set that `deletion_auc_samples` images cannot be taken from.
+
+    Raises:
+        ValueError: it has no length and index, or no images.
+    """
+    if dataset is None or not args.deletion_auc_samples:
+        return
+    if not has_index(dataset):
+        raise ValueError(
+            f"deletion_auc_samples={args.deletion_auc_samples} takes images from all over the evaluation set, but a "
+            f"{type(dataset).__name__} has no length and index: load it with streaming=False, or set it to 0"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"deletion_auc_samples={args.deletion_auc_samples}, but the evaluation set is empty")
 
 
 def _refuse_training_set(dataset: Any) -> None:

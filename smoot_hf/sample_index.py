@@ -57,15 +57,22 @@ class IndexedCollator:
         collator: the user's own; need not know of `sample_idx`.
         label_name: key of the labels in the batch.
         num_labels: number of classes of the model, `None` where it does not say.
+        num_channels: channels of the images that the model takes, `None` where it does not say.
         expects_uint8: the images go through an `InputPipeline`, which takes uint8.
     """
 
     def __init__(
-        self, collator: Callable[[Any], Any], label_name: str, num_labels: int | None, expects_uint8: bool
+        self,
+        collator: Callable[[Any], Any],
+        label_name: str,
+        num_labels: int | None,
+        num_channels: int | None,
+        expects_uint8: bool,
     ) -> None:
         self.collator = collator
         self.label_name = label_name
         self.num_labels = num_labels
+        self.num_channels = num_channels
         self.expects_uint8 = expects_uint8
 
     def __call__(self, indexed: IndexedFeatures) -> dict[str, Any]:
@@ -74,7 +81,11 @@ class IndexedCollator:
         Raises:
             ValueError: `pixel_values` or labels are missing, of the wrong shape or type, not finite or out of range.
         """
-        batch = self.collator(indexed.features)
+        try:
+            batch = self.collator(indexed.features)
+        except (RuntimeError, ValueError) as error:
+            _refuse_several_sizes(indexed, error)
+            raise
         if not isinstance(batch, Mapping):
             raise ValueError(f"the data collator must return a dict, got {type(batch).__name__}")
         if SAMPLE_IDX in batch:
@@ -93,6 +104,14 @@ class IndexedCollator:
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"'pixel_values' must be a tensor of shape (B, C, H, W), got {found}")
+        channels, *size = images.shape[1:]
+        if 0 in size:
+            raise ValueError(f"'pixel_values' must have pixels, got images of {size[0]}x{size[1]}")
+        if self.num_channels not in (None, channels):
+            raise ValueError(
+                f"the model takes images of {self.num_channels} channels, 'pixel_values' have {channels}: convert the "
+                f"images, or build the model with num_channels={channels}"
+            )
         if len(images) != len(rows):
             raise ValueError(f"the data collator made {len(images)} images of {len(rows)} samples: it must keep each")
         if not (images.dtype == torch.uint8 if self.expects_uint8 else images.is_floating_point()):
@@ -123,3 +142,37 @@ class IndexedCollator:
             f"{self.label_name!r} must lie in [0, {self.num_labels - 1}], the model's classes; training sample "
             f"{bad[0][0]} has {bad[0][1]}. Build the model with num_labels= the number of classes of the data"
         )
+
+
+def check_class_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuse labels of an evaluation batch that are no classes of the model; waits for the device.
+
+    Args:
+        labels: (B,) integers; soft labels are passed over.
+        num_classes: of the model's logits.
+
+    Raises:
+        ValueError: naming the first such label.
+    """
+    if labels.is_floating_point():
+        return
+    bad = labels[(labels < 0) | (labels >= num_classes)]
+    if len(bad):
+        raise ValueError(
+            f"the labels of the evaluation set must lie in [0, {num_classes - 1}], the model's classes, but one is "
+            f"{int(bad[0])}: leave such samples out, or predict without labels"
+        )
+
+
+def _refuse_several_sizes(indexed: IndexedFeatures, error: Exception) -> None:
+    """Raise where a collator failed because the images of its batch have several shapes."""
+    shapes: dict[tuple[int, ...], int] = {}
+    features = indexed.features if isinstance(indexed.features, list) else []
+    for row, sample in zip(indexed.sample_idx, features, strict=False):
+        if isinstance(sample, Mapping) and hasattr(sample.get("pixel_values"), "shape"):
+            shapes.setdefault(tuple(sample["pixel_values"].shape), row)
+    if len(shapes) > 1:
+        found = ", ".join(f"{shape} (training sample {row})" for shape, row in list(shapes.items())[:3])
+        raise ValueError(
+            f"all training images must have one size, got {found}: resize them in the transform"
+        ) from error

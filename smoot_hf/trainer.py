@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from . import functional as SF
+from .budget_moves import BudgetMoves
 from .checkpoint_weights import has_other_names, load_translated
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
@@ -20,8 +21,9 @@ from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
 from .masked_step import logits_of, masked_step
 from .random_state import random_state_kept
-from .refusals import refuse_unsupported
-from .sample_index import SAMPLE_IDX
+from .refusals import refuse_evaluation_set, refuse_unsupported
+from .sample_index import SAMPLE_IDX, check_class_labels
+from .saving_trainer import make_output_dir, require_whole
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 
@@ -56,6 +58,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
 
     Raises:
         ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
+        SaveError: the output folder cannot be made.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
             args = SmootTrainingArguments(output_dir="tmp_trainer")
         elif not isinstance(args, SmootTrainingArguments):
             args = SmootTrainingArguments.from_training_arguments(args)
+        make_output_dir(args)
         self.input_pipeline = input_pipeline
         self.mask_budget: MaskBudget | None = None
         super().__init__(model, args, *others, **more)
@@ -79,6 +83,8 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
         self.label_names = self.label_names or ["labels"]
         self._log_window = LogWindow()
         self._budgeted_dataset: Any = None
+        self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
+        self.add_callback(self._budget_moves)
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
             self.mask_budget = self._fresh_mask_budget()
@@ -106,6 +112,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
             else:
                 self.mask_budget.forget_visits()
         self._log_window = LogWindow()
+        self._budget_moves.forget()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -125,6 +132,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
             self.mask_budget = self._fresh_mask_budget()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        require_whole(resume_from_checkpoint)
         if has_other_names(self.model, resume_from_checkpoint):
             load_translated(self.model, resume_from_checkpoint)
         else:
@@ -183,7 +191,10 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
         else:
             # In evaluation the pipeline has resized already, as the image processor does.
             outputs = model(pixel_values=self._resize(images) if is_training else images, **inputs)
-            ce = SF.classification_loss(logits_of(outputs), labels, self.args.label_smoothing_factor)
+            logits = logits_of(outputs, len(images), getattr(getattr(self.model, "config", None), "num_labels", None))
+            if not is_training:
+                check_class_labels(labels, logits.shape[1])
+            ce = SF.classification_loss(logits, labels, self.args.label_smoothing_factor)
             loss = self._classification_loss(outputs, labels, ce, num_items_in_batch)
             if is_training:
                 self._log_window.add(ce_loss=ce)
@@ -223,21 +234,22 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
             other_inputs=others,
             saliency_model=self.model,
         )
-        moved = self._move_budget(budget, sample_idx, step.delta)
-        self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta, k_up=moved > 0, k_down=moved < 0)
+        self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
         ce_loss = self._classification_loss(step.outputs, labels, step.ce, num_items_in_batch)
-        return ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch), step.outputs
+        loss = ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch)
+        self._budget_moves.add(sample_idx, step.delta, loss)
+        return loss, step.outputs
 
     def _resize(self, images: Tensor) -> Tensor:
         return images if self.input_pipeline is None else self.input_pipeline.resize(images)
 
-    def _move_budget(self, budget: MaskBudget, sample_idx: Tensor, delta: Tensor) -> Tensor:
-        """Move K on every process by what all of them saw, so that it stays the same everywhere."""
-        if self.args.method == "sgt":
-            return torch.zeros_like(sample_idx)
-        if self.accelerator.num_processes > 1:
-            sample_idx, delta = self.accelerator.gather((sample_idx, delta))
-        return budget.update(sample_idx, delta, self.args.step_in_pixels(budget.image_size), self.args.rounding)
+    def _move_budget(self, sample_idx: Tensor, delta: Tensor) -> None:
+        """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""
+        budget = self.mask_budget
+        assert budget is not None
+        step_size = self.args.step_in_pixels(budget.image_size)
+        moved = budget.update(sample_idx, delta, step_size, self.args.rounding)
+        self._log_window.add(k_up=moved > 0, k_down=moved < 0)
 
     def _classification_loss(
         self, outputs: Any, labels: Tensor, ce: Tensor, num_items_in_batch: Tensor | int | None
@@ -264,6 +276,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
 
     def _deletion_auc(self, dataset: Any) -> float:
         """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set."""
+        refuse_evaluation_set(self.args, dataset)
         count = min(self.args.deletion_auc_samples, len(dataset))
         subset = Subset(dataset, [row * len(dataset) // count for row in range(count)])
         return evaluate_faithfulness(

@@ -135,11 +135,16 @@ class SmootTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{f.name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, f.name)!r}"
                 )
-        for name in ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "alpha"):
+            if f.type is bool and not isinstance(getattr(self, f.name), bool):
+                raise ValueError(f"{f.name} must be True or False, got {getattr(self, f.name)!r}")
+        for name in ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "alpha", "label_smoothing_factor"):
             _require(name, getattr(self, name), 0, 1)
         for name in ("step_size", "kl_weight"):
             _require(name, getattr(self, name), 0, math.inf)
-        for name, low in (("top_n", 1), ("deletion_auc_samples", 0)):
+        # Two of the Trainer's own as well, which it divides by or passes on hours later.
+        counts = {"top_n": 1, "deletion_auc_samples": 0}
+        counts |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
+        for name, low in counts.items():
             value = getattr(self, name)
             _require(name, value, low, math.inf)
             if value != int(value):
@@ -176,6 +181,8 @@ def _smoot_fields() -> list[Any]:
 
 
 def _require(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
     if not (low <= value <= high and math.isfinite(value)):
         allowed = f"in [{low}, {high}]" if math.isfinite(high) else f"finite and at least {low}"
         raise ValueError(f"{name} must be {allowed}, got {value}")

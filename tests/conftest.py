@@ -2,6 +2,8 @@
 
 # ruff: noqa: E402 - the environment must be set before the libraries read it
 import os
+import shutil
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -17,6 +19,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
+import datasets
 import torch
 from hypothesis import settings
 
@@ -200,3 +203,26 @@ class StepRecorder:
 def recorder(monkeypatch):
     """Everything that the steps of a training were given and gave."""
     return StepRecorder(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory):
+    """The folder of a training that has ended: a model and a checkpoint of step 2."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    args = SmootTrainingArguments(
+        output_dir=str(folder), **QUICK | {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    )
+    trainer = SmootTrainer(build("vit"), args, train_dataset=TinyImages())
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.fixture
+def bad_input_folder(saved_run, tmp_path, monkeypatch):
+    """A folder to work in, with an earlier result in `run` that must survive; recipes can be imported."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path

@@ -55,8 +55,8 @@ class Refused(Exception):
 class Fault:
     """What happens to the next requests of a kind in the place of an answer."""
 
-    def __init__(self, method, path, times, status=None, headers=None, drop_after=None):
-        self.method, self.path, self.times = method, re.compile(path), times
+    def __init__(self, method, path, times, skip=0, status=None, headers=None, drop_after=None):
+        self.method, self.path, self.times, self.skip = method, re.compile(path), times, skip
         self.status, self.headers, self.drop_after = status, headers or {}, drop_after
 
 
@@ -127,9 +127,9 @@ class LoopbackHub:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def fail(self, method, path, status, times=1, **headers):
-        """Answer the next `times` requests whose path matches with an error."""
-        self.faults.append(Fault(method, path, times, status=status, headers=headers))
+    def fail(self, method, path, status, times=1, skip=0, **headers):
+        """Answer `times` requests whose path matches with an error, after the next `skip` such."""
+        self.faults.append(Fault(method, path, times, skip, status=status, headers=headers))
 
     def drop(self, method, path, after, times=1):
         """Cut the next such requests off after so many bytes: reset in their body, or an end in that of the answer."""
@@ -139,6 +139,9 @@ class LoopbackHub:
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.method == method and fault.path.search(path):
+                    if fault.skip > 0:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
                     return fault
         return None

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, TinyImages, build, parameters
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from loopback_hub import ENDPOINT, TOKEN, USER
+from huggingface_hub import ModelCard, snapshot_download
+from loopback_hub import ENDPOINT, USER
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import (
@@ -172,7 +172,7 @@ def test_another_machine_goes_on_from_the_hub(hub, quick_trainer, tmp_path, stra
     first = quick_trainer("cnn", **settings, **pushed, output_dir=str(tmp_path / "first"),
                           trainer_kwargs={"callbacks": [StopAt(4)]})  # fmt: skip
     first.train()
-    assert first.failed_pushes == []
+    assert first.failed_pushes == {}
     place = "last-checkpoint" if strategy == "checkpoint" else "checkpoint-4"
     copy = snapshot_download(f"{USER}/run", local_dir=tmp_path / "copy", endpoint=ENDPOINT)
     assert (Path(copy) / place / "mask_budget.safetensors").is_file()
@@ -189,11 +189,16 @@ def test_another_machine_goes_on_from_the_hub(hub, quick_trainer, tmp_path, stra
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
 def test_other_strategies_push_no_training_state(hub, trained, strategy):
     """Fault: the optimizer and K of a run in a repository that was to hold the model alone."""
-    trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy=strategy, hub_always_push=True,
-            save_strategy="steps", save_steps=3)  # fmt: skip
+    trainer = trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy=strategy, hub_always_push=True,
+                      save_strategy="steps", save_steps=3)  # fmt: skip
     repository = hub.repository("models", f"{USER}/run")
     assert not [name for name in repository.files() if "checkpoint" in name or "budget" in name]
-    assert len(repository.messages()) == (1 if strategy == "end" else 3)
+    # How many commits the two pushes make depends on which files the first one still meets.
+    assert ("model.safetensors" in repository.files()) == (strategy == "every_save")
+    if strategy == "every_save":
+        weights = hub.content(repository.files()["model.safetensors"], repository)
+        assert weights == Path(trainer.args.output_dir, "checkpoint-6", "model.safetensors").read_bytes()
+    assert trainer.failed_pushes == {}
 
 
 def test_every_checkpoint_arrives_though_old_ones_are_deleted(hub, trained):
@@ -204,123 +209,19 @@ def test_every_checkpoint_arrives_though_old_ones_are_deleted(hub, trained):
     assert folders == {f"checkpoint-{step}" for step in range(1, 7)}
 
 
-# --- faults --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """The client waits seconds before it tries again."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-
-
-@pytest.fixture
-def publisher(hub, quick_trainer, no_waiting):
-    """A trainer with a repository, ready to push."""
-    return quick_trainer("vit", push_to_hub=True, hub_model_id="run")
-
-
-def weights_on_hub(hub):
-    repository = hub.repository("models", f"{USER}/run")
-    entry = repository.files().get("model.safetensors")
-    return None if entry is None else hub.content(entry, repository)
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("POST", "/commit/", 401),
-        ("POST", "/commit/", 403),
-        ("POST", "/preupload/", 404),
-        ("POST", "/commit/", 409),
-        ("PUT", "/lfs/", 413),
-        ("POST", "/commit/", 413),
-        ("POST", "/commit/", 429),
-        ("POST", "/commit/", 500),
-    ],
-)
-def test_a_push_that_failed_says_what_to_do_and_loses_nothing(hub, publisher, tmp_path, method, path, status):
-    """Fault: an error without a way out, half a commit on the Hub, or a local model that was not written first."""
-    hub.fail(method, path, status, times=99)
-    with pytest.raises((OSError, RuntimeError)) as failure:
-        publisher.push_to_hub()
-    note = "".join(failure.value.__notes__)
-    assert f"Nothing is lost: {tmp_path / 'run'} has it all" in note
-    assert f"hf upload {USER}/run {tmp_path / 'run'} ." in note
-    assert weights_on_hub(hub) is None
-    saved = type(publisher.model).from_pretrained(tmp_path / "run")
-    assert all(torch.equal(one, two) for one, two in zip(saved.parameters(), publisher.model.parameters(), strict=True))
-    # And what it says works, once the Hub does.
-    hub.faults.clear()
-    HfApi(endpoint=ENDPOINT, token=TOKEN).upload_folder(repo_id=f"{USER}/run", folder_path=tmp_path / "run")
-    assert weights_on_hub(hub) == (tmp_path / "run" / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("POST", "/preupload/", 429), ("POST", "/objects/batch", 429), ("PUT", "/lfs/", 500), ("PUT", "/lfs/", 503)],
-)
-def test_what_passes_is_tried_again(hub, publisher, tmp_path, method, path, status):
-    """Fault: a busy Hub taken for a refusal."""
-    hub.fail(method, path, status, times=2, Retry_After="0")
-    publisher.push_to_hub()
-    assert hub.count(method, path) >= 3
-    assert weights_on_hub(hub) == (tmp_path / "run" / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("times", [1, 99])
-def test_a_connection_lost_in_the_middle_of_the_weights(hub, quick_trainer, no_waiting, tmp_path, times):
-    """Fault: half of the weights taken for the whole, or a second attempt that sends their second half alone."""
-    config = ViTConfig(image_size=8, patch_size=4, hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
-                       intermediate_size=512, num_labels=4)  # fmt: skip
-    trainer = quick_trainer(ViTForImageClassification(config), push_to_hub=True, hub_model_id="run")
-    hub.drop("PUT", "/lfs/", after=1_500_000, times=times)
-    if times == 1:
-        trainer.push_to_hub()
-        assert weights_on_hub(hub) == (tmp_path / "run" / "model.safetensors").read_bytes()
-        return
-    with pytest.raises(RuntimeError, match=r"Error while uploading 'model.safetensors'") as failure:
-        trainer.push_to_hub()
-    assert "Nothing is lost" in "".join(failure.value.__notes__)
-    assert weights_on_hub(hub) is None
-
-
-def test_a_refused_token_is_known_before_training(hub, quick_trainer):
-    """Fault: hours of training before the first word of a token that may not write."""
-    with pytest.raises(OSError, match="401"):
-        quick_trainer("vit", push_to_hub=True, hub_model_id="run", hub_token="hf_wrong")
-    with pytest.raises(OSError, match="403"):
-        quick_trainer("vit", push_to_hub=True, hub_model_id="somebody-else/run")
-
-
-def test_a_push_in_the_background_that_failed_is_told(hub, quick_trainer, monkeypatch, no_waiting):
-    """Fault: the Trainer never asks how its jobs ended, and training state is missing on the Hub without a word."""
-    said = []
-    monkeypatch.setattr("smoot_hf.hub_trainer.logger.warning", said.append)
-    trainer = quick_trainer("vit", push_to_hub=True, hub_model_id="run", hub_strategy="checkpoint",
-                            save_strategy="steps", save_steps=6)  # fmt: skip
-    hub.fail("POST", "/commit/", 403, times=2)
-    trainer.train()
-    assert trainer.state.global_step == 6
-    assert len(trainer.failed_pushes) == 2
-    assert said == trainer.failed_pushes
-    assert all("403 Forbidden" in line and "last-checkpoint" in line for line in said), said
-    trainer.push_to_hub()
-    assert weights_on_hub(hub) is not None
-
-
 def test_a_model_name_is_enough(hub, quick_trainer):
     """`push_to_hub=False` and a push by hand, as in Trainer; catches a repository that nobody created."""
     trainer = quick_trainer(build("vit"), trainer_kwargs={"eval_dataset": TinyImages(8)})
     trainer.evaluate()
     trainer.push_to_hub()
-    assert weights_on_hub(hub) is not None
+    assert "model.safetensors" in hub.repository("models", f"{USER}/run").files()
 
 
 # --- the recipes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def digits(hub, monkeypatch, tmp_path, no_waiting):
+def digits(hub, monkeypatch, tmp_path):
     """recipes/train_digits.py, one epoch, pushed."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
     monkeypatch.chdir(tmp_path)
@@ -344,27 +245,3 @@ def test_a_recipe_ends_with_its_push(hub, digits):
     assert "on 20 images of it" in card
     assert "| `optimizer` | `Adadelta` |" in card
     assert "last-checkpoint/mask_budget.safetensors" in repository.files()
-
-
-@pytest.mark.parametrize(("path", "status"), [("/commit/", 403), ("/preupload/", 500)])
-def test_a_recipe_whose_push_failed_says_so_in_one_line(hub, digits, capsys, path, status):
-    """Fault: exit code 0, a traceback, or a run without its results."""
-    hub.fail("POST", path, status, times=99)
-    with pytest.raises(SystemExit) as stop:
-        digits("--card_samples", "20")
-    assert stop.value.code == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if "push" in line]
-    assert len(told) == 1
-    assert "the push to the Hub failed: " in told[0]
-    assert str(status) in told[0]
-    assert f"hf upload {USER}/run out ." in told[0]
-    assert {"model.safetensors", "README.md", "results.json", "eval_results.json", "run.json"} <= set(os.listdir("out"))
-
-
-def test_a_recipe_with_a_refused_token_does_not_begin(digits, capsys):
-    """Fault: a traceback, or a training that cannot be published."""
-    with pytest.raises(SystemExit) as stop:
-        digits("--hub_token", "hf_wrong")
-    assert stop.value.code == 2
-    assert "401" in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not Path("out/model.safetensors").exists()

@@ -1,10 +1,15 @@
 """Saliency: the gradient of a class score with respect to the pixels (Algorithm 2, line 1)."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# A power of two, so that it rounds nothing.
+_FLOAT16_SCALE = 2.0**8
 
 
 def input_saliency(score: Tensor, images: Tensor, signed: bool = True) -> Tensor:
@@ -53,13 +58,15 @@ def class_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
     Raises:
         ValueError: `score` is neither of the two.
     """
-    if score == "logit":
-        outputs = logits
-    elif score == "log_prob":
-        outputs = logits.log_softmax(dim=1)
-    else:
+    if score not in ("logit", "log_prob"):
         raise ValueError(f"score must be 'logit' or 'log_prob', got {score!r}")
-    return outputs.gather(1, target[:, None]).squeeze(1)
+    of_target = logits.gather(1, target[:, None])
+    if score == "logit":
+        return of_target.squeeze(1)
+    # log p_y = -log(1 + sum of exp(z_j - z_y)). The gradient of log_softmax has 1 - p_y for the target, and that is
+    # exactly 0 where p_y is rounded to 1: the saliency would be that of the other classes alone.
+    others = logits.scatter(1, target[:, None], -math.inf).logsumexp(dim=1, keepdim=True)
+    return -F.softplus(others - of_target).squeeze(1)
 
 
 def ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
@@ -67,7 +74,9 @@ def ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tenso
 
     The derivative of log p_y with respect to the logits falls with 1 - p_y: in half precision the gradient of a
     well-trained model underflows on its way to the pixels, and the ranking becomes the tie-break. Here every sample's
-    derivative is scaled to 1 at its largest entry; a positive factor per sample leaves the ranking as it is.
+    derivative is scaled to 1 at its largest entry; a positive factor per sample leaves the ranking as it is. For
+    float16 logits it is scaled to 2**8, the middle of what float16 holds above 1: the gradients of a deep network
+    shrink on their way to the pixels, and below 2**-24 they vanish.
 
     Args:
         logits: (B, classes).
@@ -84,4 +93,5 @@ def ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tenso
     with torch.enable_grad():
         (derivative,) = torch.autograd.grad(class_score(leaf, target, score).sum(), leaf)
     largest = derivative.abs().amax(dim=1, keepdim=True)
-    return (logits * (derivative / largest.clamp_min(torch.finfo(largest.dtype).tiny))).sum(dim=1)
+    factor = _FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+    return (logits * (factor * derivative / largest.clamp_min(torch.finfo(largest.dtype).tiny))).sum(dim=1)
