@@ -1,4 +1,4 @@
-"""Trained checkpoints, loaded for evaluation: the model, its input pipeline, and whether a data set fits them."""
+"""Trained checkpoints, loaded for evaluation: model, input pipeline and K, and whether a data set fits them."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +8,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 
 import smoot_hf.models  # noqa: F401 - makes the paper's CNN known to the Auto classes
-from smoot_hf import InputPipeline
+from smoot_hf import InputPipeline, MaskBudget
 from smoot_hf.data import DecodedImages
+from smoot_hf.trainer import MASK_BUDGET_NAME
 
 
 class Checkpoint(NamedTuple):
@@ -61,3 +62,29 @@ def _check_fit(name: str, model: Any, pipeline: InputPipeline, test: DecodedImag
     if model.config.model_type == "smoot_cnn" and isinstance(size, tuple) and list(size) != native:
         raise ValueError(f"{name} was trained on another data set: images of {size[0]}x{size[1]}, not "
                          f"{native[0]}x{native[1]}")  # fmt: skip
+
+
+def load_budget(folder: Path, train: DecodedImages) -> MaskBudget:
+    """K of every training image, from a checkpoint or from the last checkpoint of a run.
+
+    Args:
+        folder: of a checkpoint or a run.
+        train: the images that it must have been trained on.
+
+    Raises:
+        ValueError: there is no K, or that of other images.
+    """
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    places = [folder, *([Path(last)] if last else [])]
+    path = next((place / MASK_BUDGET_NAME for place in places if (place / MASK_BUDGET_NAME).is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"{folder} holds no checkpoint with {MASK_BUDGET_NAME}: train it with recipes/train*.py and --method smoot "
+            "or sgt, without --save_only_model"
+        )
+    budget = MaskBudget.load(path)
+    own = budget.dataset_fingerprint in (None, train.fingerprint)
+    if not own or budget.num_samples != len(train) or budget.image_size != tuple(train.image_shape[1:]):
+        height, width = budget.image_size
+        raise ValueError(f"{folder} was trained on {budget.num_samples} other images, of {height}x{width} pixels")
+    return budget
