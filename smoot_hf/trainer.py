@@ -21,6 +21,7 @@ from .masked_step import logits_of, masked_step
 from .random_state import random_state_kept
 from .refusals import refuse_unsupported
 from .sample_index import SAMPLE_IDX
+from .tracking import TRACKERS, Tracking
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 
@@ -81,6 +82,8 @@ class SmootTrainer(IndexedTrainer):
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
             self.mask_budget = self._fresh_mask_budget()
+        if not TRACKERS.isdisjoint(args.report_to):
+            self.add_callback(Tracking(self))
 
     # --- the mask budget -------------------------------------------------------------------------------------------
 
