@@ -21,17 +21,15 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from checkpoints import load_budget
-from command_line import OneLineParser, RecipeArguments
+from checkpoints import load_budget, recorded_images
+from command_line import OneLineParser
 from figures import DPI, STYLE, WIDTH
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
-from run_record import RECORD_NAME, RunRecord
-from train import limit
 
 from smoot_hf import MaskBudget
-from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.data import DecodedImages
 
 _MOST_BARS = 48
 _COLOUR = STYLE["smoot"][0]
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for name in ("count", "classes"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
-        images = training_images(options.run, options.dataset)
+        images = recorded_images(options.run, "train", options.dataset)
         budget = load_budget(options.run, images)
         if budget.k_min == budget.k_max:
             raise ValueError(f"{options.run} was trained with one K for all images, {budget.k_min}: there is no order")
@@ -76,23 +74,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     print(table(found))
     print(f"written to {options.output}")
     return options.output
-
-
-def training_images(run: Path, dataset: str | None) -> DecodedImages:
-    """The images that a run was trained on.
-
-    Raises:
-        ValueError: neither a record nor `dataset` says which.
-    """
-    folder = next((folder for folder in (run, run.parent) if (folder / RECORD_NAME).is_file()), None)
-    settings = (RunRecord.load(folder).settings or {}) if folder is not None else {}
-    dataset = dataset or settings.get("dataset")
-    if dataset is None:
-        raise ValueError(f"{run} has no {RECORD_NAME} that says what it was trained on: give --dataset")
-    recorded = RecipeArguments(**{name: settings[name] for name in vars(RecipeArguments()) if name in settings})
-    splits = load_image_dataset(dataset, image_column=recorded.image_column, label_column=recorded.label_column)
-    splits = limit(splits, {"train": recorded.max_train_samples})
-    return DecodedImages(decode_images(splits, convert_rgb=recorded.convert_rgb)["train"])
 
 
 def by_class(budget: MaskBudget, images: DecodedImages) -> list[ClassBudget]:

@@ -58,7 +58,7 @@ class Tracking(TrainerCallback):
         if not state.is_world_process_zero:
             return
         pictures = {}
-        dataset = getattr(eval_dataloader, "dataset", None)
+        dataset: Any = getattr(eval_dataloader, "dataset", None)
         if eval_dataloader is not None and has_index(dataset) and len(dataset):
             pictures[_tag(metrics or {})] = self._grid(eval_dataloader)
         else:

@@ -101,8 +101,9 @@ def test_a_run_becomes_a_figure_and_a_table(runs, recipe, capsys):
     assert min(int(line[2]) for line in lines) == budget.statistics()["k_min"]
     assert max(int(line[4]) for line in lines) == budget.statistics()["k_max"]
     # One of its checkpoints serves as well.
-    images = recipe.training_images(checkpoint, None)
-    assert torch.equal(importlib.import_module("checkpoints").load_budget(checkpoint, images).k, budget.k)
+    checkpoints = importlib.import_module("checkpoints")
+    images = checkpoints.recorded_images(checkpoint, "train")
+    assert torch.equal(checkpoints.load_budget(checkpoint, images).k, budget.k)
 
 
 @pytest.mark.parametrize(
