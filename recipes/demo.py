@@ -17,6 +17,7 @@ predicts itself for the whole image, since a dropped image has no label.
 """
 
 import argparse
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,8 @@ FILLS = ("corner", "mean")
 _PER_CLASS, _MOST_EXAMPLES = 2, 20
 _CSS = """
 .pixels img { image-rendering: pixelated; }
-.examples .grid-wrap { max-height: 300px; }
+#examples .grid-wrap { max-height: none; overflow: visible; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 footer { display: none !important; }
 """
 
@@ -67,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"written to {options.space}")
             return
         page = make_page(loaded, choose_examples(test))
+        # Without blocking, so that a port in use is told like every other error.
+        page.launch(server_port=options.port, prevent_thread_lock=True, **launch_settings())
     except (ValueError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
-    page.launch(server_port=options.port, **launch_settings())
+    page.block_thread()
 
 
 def named_checkpoints(paths: Sequence[str]) -> dict[str, str]:
@@ -176,13 +180,15 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 image = gr.Image(
-                    type="pil", image_mode=None, format="png", label="Image", height=240, elem_classes="pixels",
+                    type="pil", image_mode=None, format="png", show_label=False, height=230, elem_classes="pixels",
                     sources=["upload", "clipboard"],
                 )  # fmt: skip
+                gr.Markdown("Test images")
                 gallery = gr.Gallery(
                     [(picture, example.label) for picture, example in zip(pictures, examples, strict=True)],
-                    label="Test images", columns=5, allow_preview=False, format="png",
-                    elem_classes=["pixels", "examples"],
+                    show_label=False, columns=4, allow_preview=False, format="png", buttons=[], height="auto",
+                    object_fit="contain",
+                    elem_id="examples", elem_classes="pixels",
                 )  # fmt: skip
             with gr.Column(scale=3):
                 removed = gr.Slider(
@@ -193,18 +199,26 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
                 with gr.Row():
                     for name in checkpoints:
                         with gr.Column(min_width=160):
+                            gr.Markdown(f"<h3 style='color: {colours[name]}'>{html.escape(name)}</h3>")
                             columns.append(gr.HTML(elem_id=f"verdict-{name}"))
                             for label in ("Pixels left", "Saliency"):
+                                gr.Markdown(label)
                                 columns.append(
                                     gr.Image(
-                                        label=f"{label}, {name}", format="png", interactive=False, buttons=[],
-                                        elem_classes="pixels",
+                                        label=f"{label}, {name}", show_label=False, height=210, format="png",
+                                        interactive=False, buttons=[], elem_classes="pixels",
                                     )
                                 )  # fmt: skip
-                curve = gr.Plot(label="Probability of the class predicted for the whole image", format="png")
+                curve = gr.Plot(show_label=False, format="png", elem_id="curve")
         outputs = [*columns, curve]
-        for event in (image.change, fill.change):
-            event(explain_image, [image, fill, removed], [found, *outputs], api_name="explain", show_progress="hidden")
+        gr.on(
+            [image.change, fill.change],
+            explain_image,
+            [image, fill, removed],
+            [found, *outputs],
+            api_name="explain",
+            show_progress="hidden",
+        )
         removed.change(
             show, [found, removed], outputs, api_name="show", show_progress="hidden", trigger_mode="always_last"
         )
@@ -225,9 +239,9 @@ def verdict(one: Explanation, labels: Sequence[str], step: int) -> str:
     """What a model says of the whole image, and what with so much of it removed, as HTML."""
     first, now = int(one.classes[0]), int(one.classes[step])
     kept = f"{100 * float(one.probability[step]):.0f} %"
-    changed = "" if now == first else f"; now predicts <b>{labels[now]}</b>"
-    whole = f"<b>{labels[first]}</b>, {100 * float(one.probability[0]):.0f} %"
-    return f"whole image: {whole}<br>{100 * float(one.fractions[step]):.0f} % removed: {kept}{changed}"
+    changed = "" if now == first else f"; now predicts <b>{html.escape(labels[now])}</b>"
+    whole = f"<b>{html.escape(labels[first])}</b>, {100 * float(one.probability[0]):.0f} %"
+    return f"Whole image: {whole}<br>{100 * float(one.fractions[step]):.0f} % removed: {kept}{changed}"
 
 
 def _labels(checkpoint: Checkpoint) -> list[str]:

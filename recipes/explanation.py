@@ -130,6 +130,7 @@ def draw_fall(explanations: Mapping[str, Explanation], colours: Mapping[str, str
     axes.set(xlim=(-1, 101), ylim=(-3, 103))
     axes.set_xlabel("pixels removed, most salient first (%)")
     axes.set_ylabel("probability (%)")
+    axes.set_title("Probability of the class predicted for the whole image", fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right")
     return figure
