@@ -231,17 +231,20 @@ def launch_settings() -> dict[str, Any]:
     """What goes to `launch` beside address and port; nothing is fetched from elsewhere."""
     import gradio as gr
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return {"theme": gr.themes.Default(**fonts), "css": _CSS, "ssr_mode": False}
 
 
 def verdict(one: Explanation, labels: Sequence[str], step: int) -> str:
     """What a model says of the whole image, and what with so much of it removed, as HTML."""
     first, now = int(one.classes[0]), int(one.classes[step])
-    kept = f"{100 * float(one.probability[step]):.0f} %"
-    changed = "" if now == first else f"; now predicts <b>{html.escape(labels[now])}</b>"
-    whole = f"<b>{html.escape(labels[first])}</b>, {100 * float(one.probability[0]):.0f} %"
-    return f"Whole image: {whole}<br>{100 * float(one.fractions[step]):.0f} % removed: {kept}{changed}"
+    whole, kept, removed = (100 * float(v) for v in (one.probability[0], one.probability[step], one.fractions[step]))
+    changed = "still" if now == first else "now"
+    # Three short lines whatever happens, so that the columns stay level.
+    return (
+        f"Whole image: <b>{html.escape(labels[first])}</b>, {whole:.0f} %<br>{removed:.0f} % removed: {kept:.0f} %<br>"
+        f"{changed} predicts <b>{html.escape(labels[now])}</b>"
+    )
 
 
 def _labels(checkpoint: Checkpoint) -> list[str]:

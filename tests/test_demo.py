@@ -4,10 +4,12 @@ The browser is Chromium through Playwright: its own (`playwright install chromiu
 """
 
 import dataclasses
+import gc
 import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -183,6 +185,10 @@ def address(recipe, checkpoints, test_images):
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **demo.launch_settings())
     yield url
     page.close(verbose=False)
+    # The event loops of gradio's server and client leave their sockets to the collector, which warns of each.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore")

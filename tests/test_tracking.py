@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -239,10 +240,15 @@ def test_wandb_shows_the_same(quick_trainer, tmp_path, monkeypatch):
     wandb.finish()
     pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/eval/saliency_*.png"))
     assert [Image.open(path).size for path in pictures] == [(8 * 66 + 2, 2 * 66 + 2)] * 3
-    written = next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
     counts = json.dumps(np.bincount(k_at[6] - k_at[6].min()).tolist(), separators=(",", ":"))
-    # A record of protocol buffers: name, key, then the value as JSON after its length.
-    assert re.search(rb"train/k.{2}values.{2,4}" + re.escape(counts.encode()), written, re.DOTALL)
+    # A record of protocol buffers: name, key, then the value as JSON after its length. A process of wandb's own writes
+    # it, now and then after finish() has returned.
+    record = re.compile(rb"train/k.{2}values.{2,4}" + re.escape(counts.encode()), re.DOTALL)
+    file = next(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    deadline = time.monotonic() + 30
+    while not record.search(file.read_bytes()):
+        assert time.monotonic() < deadline, counts
+        time.sleep(0.2)
 
 
 @pytest.mark.filterwarnings("ignore")
