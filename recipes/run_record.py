@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from command_line import RecipeArguments
-from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from smoot_hf import SmootTrainer, SmootTrainingArguments
+from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
 from smoot_hf.trainer import MASK_BUDGET_NAME
 from smoot_hf.training_args import changed_arguments
 
@@ -124,5 +123,4 @@ def _k_of_checkpoint(folder: Path) -> dict[str, float] | None:
     path = None if checkpoint is None else Path(checkpoint) / MASK_BUDGET_NAME
     if path is None or not path.is_file():
         return None
-    k = load_file(path)["k"].double()
-    return {"k_min": float(k.min()), "k_median": float(k.quantile(0.5)), "k_max": float(k.max())}
+    return MaskBudget.load(path).statistics()

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+
+from .checkpoint_weights import has_other_names, load_translated
 
 
 class SaveError(OSError):
@@ -19,7 +22,7 @@ class SaveError(OSError):
 
 
 class SavingTrainer(Trainer):
-    """Names the folder, the reason and the remedy where a checkpoint or a model cannot be written."""
+    """Names the folder, the reason and the remedy where a checkpoint or a model cannot be written or read."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with writing(self._get_output_dir(trial=trial)):
@@ -28,6 +31,20 @@ class SavingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with writing(output_dir or self.args.output_dir):
             super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        require_whole(resume_from_checkpoint)
+        if has_other_names(self.model, resume_from_checkpoint):
+            load_translated(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if has_other_names(self.model, best):
+            load_translated(self.model, best)
+        else:
+            super()._load_best_model()
 
 
 def make_output_dir(args: TrainingArguments) -> None:

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from . import functional as SF
 from .budget_moves import BudgetMoves
-from .checkpoint_weights import has_other_names, load_translated
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
 from .hub_trainer import HubTrainer
@@ -23,7 +22,8 @@ from .masked_step import logits_of, masked_step
 from .random_state import random_state_kept
 from .refusals import refuse_evaluation_set, refuse_unsupported
 from .sample_index import SAMPLE_IDX, check_class_labels
-from .saving_trainer import make_output_dir, require_whole
+from .saving_trainer import make_output_dir
+from .tracking import TRACKERS, Tracking
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 
@@ -88,6 +88,8 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
             self.mask_budget = self._fresh_mask_budget()
+        if not TRACKERS.isdisjoint(args.report_to):
+            self.add_callback(Tracking(self))
 
     # --- the mask budget -------------------------------------------------------------------------------------------
 
@@ -130,20 +132,6 @@ class SmootTrainer(HubTrainer, IndexedTrainer):
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
             self.mask_budget = self._fresh_mask_budget()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        require_whole(resume_from_checkpoint)
-        if has_other_names(self.model, resume_from_checkpoint):
-            load_translated(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if has_other_names(self.model, best):
-            load_translated(self.model, best)
-        else:
-            super()._load_best_model()
 
     # --- the step --------------------------------------------------------------------------------------------------
 
