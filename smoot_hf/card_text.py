@@ -36,7 +36,7 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         "K: how many pixels each image could lose": _budget(results.rows[0], figures),
         "Use": _use(about),
         "Training": _training(results, about),
-        "Versions": _table({k: v for k, v in results.environment.items() if v is not None}, ("", "")),
+        "Versions": _table({k: v for k, v in results.environment.items() if v is not None}, ("item", "value")),
         "Limits": _limits(results, about),
         "Citation": _CITATION,
     }
@@ -187,7 +187,7 @@ def _training(results: Results, about: Mapping[str, Any]) -> str:
     known = {name: value for name, value in facts.items() if value is not None}
     heading = "Method, seed, the arguments that differ from their defaults, and what no argument says:"
     return (
-        f"{_table(known, ('', ''))}\n\n{heading}\n\n"
+        f"{_table(known, ('item', 'value'))}\n\n{heading}\n\n"
         f"{_table({f'`{k}`': f'`{v}`' for k, v in settings.items()}, ('argument', 'value'))}"
     )
 

@@ -117,6 +117,10 @@ class SmootTrainingArguments(TrainingArguments):
         smoot_args.__dict__.update({f.name: f.default for f in _smoot_fields()} | args.__dict__)
         return smoot_args
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but `hub_token`, for the Trainer pushes its pickled arguments to the Hub."""
+        return self.__dict__ | {"hub_token": None}
+
     def step_in_pixels(self, image_size: tuple[int, int]) -> float:
         """mu in pixels of an image of (H, W)."""
         if self.step_unit == "pixels":

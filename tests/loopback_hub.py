@@ -245,6 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             self._require_token()
             return 200, {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"type": "access_token"}}
+        if path == "/api/agent-harnesses":
+            raise Refused(404, "no registry of programs: the client goes on without it")
         if (method, path) == ("POST", "/api/repos/create"):
             return self._create(json.loads(body))
         if (method, path) == ("POST", "/api/validate-yaml"):

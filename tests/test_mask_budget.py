@@ -1,5 +1,6 @@
 """K of every sample: bounds, first visits, duplicates, statistics, file."""
 
+import datasets
 import numpy as np
 import pytest
 import reference
@@ -248,3 +249,16 @@ def test_labels_of_another_data_set_are_refused():
     assert "label" not in budget().to_dataset().column_names
     with pytest.raises(ValueError, match="labels must be one per training sample, 10, got 9"):
         budget().to_dataset([0] * 9)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_k_is_pushed_and_comes_back(hub, tmp_path, monkeypatch):
+    """Fault: columns or types that the file of a data set on the Hub does not keep."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    rows = MaskBudget(5, (4, 4)).to_dataset(labels=["ant", "bee", "ant", "bee", "ant"])
+    rows.push_to_hub("tester/digits-k")
+    back = datasets.load_dataset("tester/digits-k", split="train", cache_dir=str(tmp_path / "cache"))
+    assert back.to_dict() == rows.to_dict()
+    assert back.features == rows.features
+    assert hub.unknown == []

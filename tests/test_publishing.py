@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import QUICK, TinyImages, build, parameters
 from huggingface_hub import ModelCard, snapshot_download
-from loopback_hub import ENDPOINT, USER
+from loopback_hub import ENDPOINT, TOKEN, USER
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import (
@@ -149,6 +149,18 @@ def test_the_repository_holds_what_belongs_together(hub, tmp_path):
     card = ModelCard(hub.content(hub.repository("models", f"{USER}/grey-cnn").files()["README.md"],
                                  hub.repository("models", f"{USER}/grey-cnn")).decode())  # fmt: skip
     assert f'pipeline("image-classification", "{USER}/grey-cnn", trust_remote_code=True)' in card.text
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_no_token_is_published(hub, trained, strategy):
+    """Fault: the Trainer's pickled arguments, on a public page, with the token that may write there."""
+    trainer = trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy=strategy, hub_token=TOKEN,
+                      save_strategy="steps", save_steps=6)  # fmt: skip
+    trainer.push_to_hub()
+    repository = hub.repository("models", f"{USER}/run")
+    files = {name: hub.content(entry, repository) for name, entry in repository.files().items()}
+    assert "training_args.bin" in files
+    assert [name for name, content in files.items() if TOKEN.encode() in content] == []
 
 
 class StopAt(TrainerCallback):
