@@ -1,14 +1,18 @@
-"""Trained checkpoints, loaded for evaluation: the model, its input pipeline, and whether a data set fits them."""
+"""Trained checkpoints, loaded for evaluation: model, input pipeline and K, and whether a data set fits them."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from command_line import RecipeArguments
+from run_record import RECORD_NAME, RunRecord
+from train import limit
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import smoot_hf.models  # noqa: F401 - makes the paper's CNN known to the Auto classes
-from smoot_hf import InputPipeline
-from smoot_hf.data import DecodedImages
+from smoot_hf import InputPipeline, MaskBudget
+from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.trainer import MASK_BUDGET_NAME
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 
@@ -20,11 +24,10 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) -> Checkpoint:
-    """Load a folder or Hub id, and check that it classifies the images of `test`.
+    """As `read_checkpoint`, and check that it classifies the images of `test`.
 
     Args:
-        name: Hub id; folder of a saved model; or folder of a run, whose last checkpoint is taken where the run itself
-            has saved no model yet.
+        name: as in `read_checkpoint`.
         test: the images that it shall be evaluated on.
         device: where the model goes.
 
@@ -32,18 +35,60 @@ def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) 
         ValueError: the model belongs to other data.
         OSError: no such checkpoint.
     """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        name = newest_whole_checkpoint(name) or name
+    model, pipeline = read_checkpoint(name, device)
+    _check_fit(name, model, pipeline, test)
+    return Checkpoint(model, pipeline)
+
+
+def read_checkpoint(name: str, device: torch.device | str) -> Checkpoint:
+    """Load a folder or Hub id.
+
+    Args:
+        name: Hub id; folder of a saved model; or folder of a run, whose last checkpoint is taken where the run itself
+            has saved no model yet.
+        device: where the model goes.
+
+    Raises:
+        ValueError: its image processor does what the pipeline cannot.
+        OSError: no such checkpoint.
+    """
+    name = saved_model(name)
     try:
         model = AutoModelForImageClassification.from_pretrained(name).eval().to(device)
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"cannot load the checkpoint {name!r}: {first}") from error
-    pipeline = InputPipeline.from_image_processor(processor)
-    _check_fit(name, model, pipeline, test)
-    return Checkpoint(model, pipeline)
+    return Checkpoint(model, InputPipeline.from_image_processor(processor))
+
+
+def saved_model(name: str) -> str:
+    """A Hub id or the folder of a saved model; of a run that has saved no model yet, its last checkpoint."""
+    folder = Path(name)
+    is_unfinished = folder.is_dir() and not (folder / "config.json").is_file()
+    return (newest_whole_checkpoint(name) or name) if is_unfinished else name
+
+
+def recorded_images(run: Path, split: str, dataset: str | None = None) -> DecodedImages:
+    """The "train" or "test" images of a run, or of one of its checkpoints, by the run's own record.
+
+    Args:
+        run: its folder.
+        split: which images.
+        dataset: where they are now, if not where the record says.
+
+    Raises:
+        ValueError: neither a record nor `dataset` says which images.
+    """
+    folder = next((folder for folder in (run, run.parent) if (folder / RECORD_NAME).is_file()), None)
+    settings = (RunRecord.load(folder).settings or {}) if folder is not None else {}
+    dataset = dataset or settings.get("dataset")
+    if dataset is None:
+        raise ValueError(f"{run} has no {RECORD_NAME} that says what it was trained on: give --dataset")
+    recorded = RecipeArguments(**{name: settings[name] for name in vars(RecipeArguments()) if name in settings})
+    splits = load_image_dataset(dataset, image_column=recorded.image_column, label_column=recorded.label_column)
+    splits = limit(splits, {"train": recorded.max_train_samples})
+    return DecodedImages(decode_images(splits, convert_rgb=recorded.convert_rgb)[split])
 
 
 def _check_fit(name: str, model: Any, pipeline: InputPipeline, test: DecodedImages) -> None:
@@ -61,3 +106,29 @@ def _check_fit(name: str, model: Any, pipeline: InputPipeline, test: DecodedImag
     if model.config.model_type == "smoot_cnn" and isinstance(size, tuple) and list(size) != native:
         raise ValueError(f"{name} was trained on another data set: images of {size[0]}x{size[1]}, not "
                          f"{native[0]}x{native[1]}")  # fmt: skip
+
+
+def load_budget(folder: Path, train: DecodedImages) -> MaskBudget:
+    """K of every training image, from a checkpoint or from the last checkpoint of a run.
+
+    Args:
+        folder: of a checkpoint or a run.
+        train: the images that it must have been trained on.
+
+    Raises:
+        ValueError: there is no K, or that of other images.
+    """
+    last = newest_whole_checkpoint(folder) if folder.is_dir() else None
+    places = [folder, *([Path(last)] if last else [])]
+    path = next((place / MASK_BUDGET_NAME for place in places if (place / MASK_BUDGET_NAME).is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"{folder} holds no checkpoint with {MASK_BUDGET_NAME}: train it with recipes/train*.py and --method smoot "
+            "or sgt, without --save_only_model"
+        )
+    budget = MaskBudget.load(path)
+    own = budget.dataset_fingerprint in (None, train.fingerprint)
+    if not own or budget.num_samples != len(train) or budget.image_size != tuple(train.image_shape[1:]):
+        height, width = budget.image_size
+        raise ValueError(f"{folder} was trained on {budget.num_samples} other images, of {height}x{width} pixels")
+    return budget

@@ -57,6 +57,10 @@ class RecipeArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Evaluate on this many images, drawn at random, always the same ones."}
     )
+    card_samples: int = field(
+        default=500,
+        metadata={"help": "Measure the saliency for the model card on this many test images; 0: do not."},
+    )
     optimizer: Literal["trainer", "adadelta"] = field(
         default="trainer",
         metadata={"help": "trainer: what --optim says. adadelta: the paper's; takes --learning_rate, --weight_decay."},

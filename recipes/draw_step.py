@@ -11,30 +11,23 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from safetensors.torch import load_file
+from checkpoints import load_budget, load_checkpoint
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from smoot_hf import InputPipeline
 from smoot_hf import functional as SF
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
-from smoot_hf.trainer import MASK_BUDGET_NAME
-from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 ROWS = ("image", "saliency", "least salient K", "masked")
 
 
 def panels(run: Path, dataset: str, count: int) -> tuple[list[tuple[str, Tensor]], Tensor, list[str]]:
     """(name, (count, H, W, C) images in [0, 1] or (count, H, W) signed saliency) of each row; K; the labels' names."""
-    checkpoint = newest_whole_checkpoint(run)
-    if checkpoint is None or not (Path(checkpoint) / MASK_BUDGET_NAME).is_file():
-        raise SystemExit(f"error: {run} holds no checkpoint with {MASK_BUDGET_NAME}: train it with recipes/train*.py")
-    model = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
-    pipeline = InputPipeline.from_image_processor(AutoImageProcessor.from_pretrained(checkpoint))
     data = DecodedImages(decode_images(load_image_dataset(dataset))["train"])
-    k_of_all = load_file(Path(checkpoint) / MASK_BUDGET_NAME)["k"]
-    if len(k_of_all) != len(data):
-        raise SystemExit(f"error: {run} was trained on {len(k_of_all)} images, {dataset} has {len(data)}")
+    try:
+        k_of_all = load_budget(run, data).k
+        model, pipeline = load_checkpoint(str(run), data, "cpu")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
     rows = [int((torch.from_numpy(data.labels) == label).nonzero()[0, 0]) for label in range(count)]
     batch = data.__getitems__(rows)
 

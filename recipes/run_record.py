@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from command_line import RecipeArguments
-from safetensors.torch import load_file
 
-from smoot_hf import SmootTrainer, SmootTrainingArguments
+from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
 from smoot_hf.trainer import MASK_BUDGET_NAME
+from smoot_hf.training_args import changed_arguments
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 RECORD_NAME = "run.json"
 METHODS = ("standard", "sgt", "smoot")
 
-# Where and how a run is carried out, and what is looked at afterwards: none of it changes the trained weights.
-_NO_SETTINGS = {
-    *("method", "seed", "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "log_level"),
-    *("do_eval", "eval_strategy", "save_strategy", "save_total_limit", "logging_strategy", "max_eval_samples"),
-    *("per_device_eval_batch_size", "resume_from_checkpoint", "remove_unused_columns", "hub_token"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "accelerator_config", "fsdp_config"),
-}
+# What is looked at after training.
+_NO_SETTINGS = ("max_eval_samples", "card_samples")
 
 
 @dataclass(frozen=True)
@@ -109,20 +104,12 @@ def write_whole(path: Path, text: str) -> None:
 
 def settings_of(args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, Any]:
     """What decides the weights, beside method and seed: the arguments that differ from the library's defaults."""
-    # Compared with the fields, not with a second instance: that would reset accelerate's state below a trainer's feet.
-    values = {**dataclasses.asdict(recipe), **args.to_dict()}
     kept = {
-        f.name: values[f.name]
-        for f in (*dataclasses.fields(recipe), *dataclasses.fields(args))
-        if f.name in ("dataset", "model")
-        or (f.name not in _NO_SETTINGS and (values[f.name] or None) != (_plain(f) or None))
+        f.name: getattr(recipe, f.name)
+        for f in dataclasses.fields(recipe)
+        if f.name in ("dataset", "model") or (f.name not in _NO_SETTINGS and getattr(recipe, f.name) != f.default)
     }
-    return json.loads(json.dumps(kept, default=str, sort_keys=True))
-
-
-def _plain(f: dataclasses.Field) -> Any:
-    """The default of a field."""
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return dict(sorted({**kept, **changed_arguments(args)}.items()))
 
 
 def difference(recorded: dict[str, Any] | None, asked: dict[str, Any] | None) -> str | None:
@@ -143,5 +130,4 @@ def _k_of_checkpoint(folder: Path) -> dict[str, float] | None:
     path = None if checkpoint is None else Path(checkpoint) / MASK_BUDGET_NAME
     if path is None or not path.is_file():
         return None
-    k = load_file(path)["k"].double()
-    return {"k_min": float(k.min()), "k_median": float(k.quantile(0.5)), "k_max": float(k.max())}
+    return MaskBudget.load(path).statistics()

@@ -21,6 +21,7 @@ import torch
 from budget_history import RecordBudget
 from command_line import RecipeArguments, make_parser, parse
 from datasets import DatasetDict
+from publish import publish
 from run_record import RunRecord
 from transformers import EvalPrediction, set_seed
 
@@ -169,7 +170,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
-    """Train, evaluate, save model, processor, metrics and the run's record, print a summary, and push if asked to."""
+    """Train, evaluate, save model, processor, metrics, record and card, print a summary, and push where asked."""
     trainer.add_callback(RecordBudget(trainer))
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe).save(args.output_dir)
@@ -184,9 +185,8 @@ def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArg
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe, result.metrics["train_runtime"]).save(args.output_dir)
-        print(summary(trainer, args, recipe, metrics))
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        print(summary(trainer, args, recipe, metrics), flush=True)
+    publish(trainer, args, recipe)
     return metrics
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import re
 from typing import Any
 
 import datasets
 import numpy as np
 
 _ROWS_HASHED = 64
+_HUB_FILE = re.compile(r"hf://datasets/([^@]+)@([0-9a-f]{40})/")
 
 
 def dataset_fingerprint(dataset: Any) -> str | None:
@@ -33,6 +35,19 @@ def dataset_fingerprint(dataset: Any) -> str | None:
         columns = stored[int(row)].to_pydict()
         digest.update(repr([(name, [_content(value) for value in columns[name]]) for name in sorted(columns)]).encode())
     return digest.hexdigest()[:16]
+
+
+def hub_revision(dataset: Any) -> tuple[str, str] | None:
+    """Hub id and commit that a data set was downloaded from, as HF Datasets recorded them; `None` where it did not.
+
+    Args:
+        dataset: an HF `Dataset`, or an object that wraps one in its attribute `dataset`.
+    """
+    while not isinstance(dataset, datasets.Dataset) and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = {(match[1], match[2]) for match in map(_HUB_FILE.match, files) if match}
+    return found.pop() if len(found) == 1 else None
 
 
 def _content(value: Any) -> Any:

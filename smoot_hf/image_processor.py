@@ -49,6 +49,7 @@ def _read_timm(processor: Any) -> dict[str, Any]:
         "std": tuple(config["std"]),
         "size": scaled[0] if crop_mode == "center" else scaled,
         "interpolation": interpolation,
+        "resized_by": "pillow",
         "crop_size": (height, width),
         "crop_rounding": "round",
     }

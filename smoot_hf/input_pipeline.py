@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as tvF
 
 from .functional import counter_uniform
 from .image_processor import INTERPOLATIONS, Interpolation, read_image_processor, run_image_processor
+from .pillow_resize import pillow_resize
 
 # Nearest as Pillow and the image processors mean it; "nearest" of torch is another, kept for old code.
 _TORCH_MODE = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
@@ -41,6 +42,8 @@ class InputPipeline:
         std: the same, the standard deviation; positive.
         size: resize to this (height, width); a single number is the length of the shorter side; `None`: native.
         interpolation: of resizing; antialiased, except for "nearest".
+        resized_by: whose 8-bit arithmetic evaluation resizes by, "torchvision" (transformers) or "pillow" (timm): they
+            differ by up to two of the 256 grey values.
         crop_size: keep this (height, width) from the centre, after resizing; `None`: everything.
         crop_rounding: where the margin is odd, "floor" puts the crop higher and further left (transformers), "round"
             rounds half to even (torchvision, timm).
@@ -56,6 +59,7 @@ class InputPipeline:
     std: tuple[float, ...]
     size: tuple[int, int] | int | None = None
     interpolation: Interpolation = "bilinear"
+    resized_by: Literal["torchvision", "pillow"] = "torchvision"
     crop_size: tuple[int, int] | None = None
     crop_rounding: Literal["floor", "round"] = "floor"
     crop_padding: int = 0
@@ -78,8 +82,8 @@ class InputPipeline:
     ) -> Self:
         """The pipeline that gives, at evaluation, what an image processor gives.
 
-        Both are run on one random image. With processors that run on torchvision the results agree to 1e-6; with
-        those that resize by Pillow (timm's) by up to two of the 256 grey values, since the two round differently.
+        Both are run on one random image. The results agree to 1e-6, also with timm's, which resizes by Pillow; with
+        other processors that do, by up to two of the 256 grey values, since torchvision rounds differently.
 
         Args:
             processor: an image processor of transformers (fixed size, shorter side and centre crop, ConvNeXT's
@@ -153,7 +157,7 @@ class InputPipeline:
             pixel_values: uint8 (B, C, H, W).
 
         Returns:
-            float32 (B, C, h, w), within 1e-6 of what a torchvision-backed processor gives on the same device. A GPU
+            float32 (B, C, h, w), within 1e-6 of what the processor gives on the same device. By torchvision a GPU
             resizes uint8 in float, and may round to the neighbour of the CPU's grey value.
 
         Raises:
@@ -162,8 +166,11 @@ class InputPipeline:
         self._check_images(pixel_values)
         target = self._resized(pixel_values.shape[-2:])
         if target != tuple(pixel_values.shape[-2:]):
-            mode = _TORCHVISION_MODE[self.interpolation]
-            pixel_values = tvF.resize(pixel_values, list(target), interpolation=mode, antialias=True)
+            if self.resized_by == "pillow" and self.interpolation != "nearest":
+                pixel_values = pillow_resize(pixel_values, target, self.interpolation)
+            else:
+                mode = _TORCHVISION_MODE[self.interpolation]
+                pixel_values = tvF.resize(pixel_values, list(target), interpolation=mode, antialias=True)
         return self.normalize(self._center_crop(pixel_values))
 
     def _check_images(self, pixel_values: Tensor) -> None:

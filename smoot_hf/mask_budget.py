@@ -1,32 +1,31 @@
-"""The mask budget: K of every training sample, its bounds, its statistics and its file."""
+"""The mask budget: K of every training sample, its bounds and its statistics."""
 
-import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging
 
 from . import functional as SF
+from .budget_file import read_budget, write_budget
 from .training_args import SmootTrainingArguments
 
 logger = logging.get_logger(__name__)
 
 # Below this share of the image a step of mu pixels moves K by too little to matter within a training.
 _NEGLIGIBLE_STEP = 1 / 400
-_FORMAT = "smoot_hf.mask_budget/1"
 # What a K stands for: so many pixels, by this ranking, may be replaced in this way. How it moves (step_size, alpha and
 # so on) may be changed when training is resumed, as the learning rate may.
 _MEANING = ("saliency_score", "signed_saliency", "saliency_target", "mask_fill")
 
 
-def pixels_of_ratio(mask_ratio: float, image_size: tuple[int, int]) -> int:
+def pixels_of_ratio(mask_ratio: float | Fraction, image_size: tuple[int, int]) -> int:
     """floor(ratio * H * W), in the decimal that was written: 0.29 of 100 pixels is 29, though 0.29 * 100 < 29."""
     return math.floor(Fraction(str(mask_ratio)) * image_size[0] * image_size[1])
 
@@ -57,9 +56,9 @@ class MaskBudget:
         self,
         num_samples: int,
         image_size: tuple[int, int],
-        mask_ratio: float = 0.5,
-        mask_ratio_min: float = 0.2,
-        mask_ratio_max: float = 0.8,
+        mask_ratio: float | Fraction = 0.5,
+        mask_ratio_min: float | Fraction = 0.2,
+        mask_ratio_max: float | Fraction = 0.8,
         device: torch.device | str = "cpu",
         dataset_fingerprint: str | None = None,
         meaning: Mapping[str, Any] | None = None,
@@ -114,6 +113,23 @@ class MaskBudget:
                 f"step_size={args.step_size} {args.step_unit} is {share:.3%} of an image of {height}x{width}: K will "
                 "hardly move. Use step_unit='percent', or masks at the native resolution (input_pipeline)"
             )
+        return budget
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "MaskBudget":
+        """The budget of a file that `save` wrote, for the data and bounds that the file names; on the CPU.
+
+        Raises:
+            ValueError: the file is torn or altered.
+        """
+        metadata, k, has_moved = read_budget(path)
+        height, width = int(metadata["image_height"]), int(metadata["image_width"])
+        lowest, highest = (Fraction(int(metadata[name]), height * width) for name in ("k_min", "k_max"))
+        fingerprint = metadata["dataset_fingerprint"]
+        known = None if fingerprint == "None" else fingerprint
+        meaning = {name: metadata[name] for name in _MEANING if metadata.get(name) not in (None, "None")}
+        budget = cls(len(k), (height, width), lowest, lowest, highest, dataset_fingerprint=known, meaning=meaning)
+        budget._take_up(path, metadata, k, has_moved)
         return budget
 
     @property
@@ -184,6 +200,31 @@ class MaskBudget:
         lowest, below, above, highest = (torch.searchsorted(cumulative, ranks) + self.k_min).tolist()
         return {"k_min": lowest, "k_median": (below + above) / 2, "k_max": highest}
 
+    def to_dataset(self, labels: Sequence[int | str] | np.ndarray | Tensor | None = None) -> Dataset:
+        """K as an HF Dataset, one row per training sample in the order of the training set.
+
+        To sort it, `.sort("k")`; to see the images, `train_set.select(rows["sample_idx"])`; to put both side by side,
+        `datasets.concatenate_datasets([train_set, k], axis=1)` (without `labels` where the training set has a column
+        `label`); to publish it, `.push_to_hub(name)`.
+
+        Args:
+            labels: N classes or their names, in the order of the training set; without them the column is left out.
+
+        Returns:
+            Columns `sample_idx` int64, `k` int32 in pixels, `ratio` float64 = k / (H * W) in [0, 1], and `label`.
+
+        Raises:
+            ValueError: `labels` of another length than N.
+        """
+        height, width = self.image_size
+        k = self.k.cpu().numpy()
+        columns: dict[str, Any] = {"sample_idx": np.arange(self.num_samples), "k": k, "ratio": k / (height * width)}
+        if labels is not None:
+            if len(labels) != self.num_samples:
+                raise ValueError(f"labels must be one per training sample, {self.num_samples}, got {len(labels)}")
+            columns["label"] = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        return Dataset.from_dict(columns)
+
     def _identity(self) -> dict[str, Any]:
         """What a saved budget must share with the run that takes it up."""
         height, width = self.image_size
@@ -202,17 +243,8 @@ class MaskBudget:
 
         The file appears whole or not at all: it is written beside its place, then renamed.
         """
-        k, has_moved = self.k.cpu(), (self._stored < 0).cpu()
-        metadata = {name: str(value) for name, value in self._identity().items()}
-        metadata |= {"format": _FORMAT, "epoch": str(self.epoch), "sha256": _digest(k, has_moved)}
-        # One name: what a killed process left behind is written over.
-        unfinished = f"{os.fspath(path)}.tmp"
-        try:
-            save_file({"k": k, "has_moved": has_moved}, unfinished, metadata=metadata)
-            os.replace(unfinished, path)
-        finally:
-            if os.path.exists(unfinished):
-                os.remove(unfinished)
+        metadata = {name: str(value) for name, value in self._identity().items()} | {"epoch": str(self.epoch)}
+        write_budget(path, metadata, self.k.cpu(), (self._stored < 0).cpu())
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take up K from a file that `save` wrote, for the same data and bounds.
@@ -221,32 +253,17 @@ class MaskBudget:
             ValueError: the file is torn or altered, or belongs to another training set, image size or bounds; nothing
                 of it is taken up.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(
-                        f"{path} is not a mask budget of format {_FORMAT} but {metadata.get('format')}: install the "
-                        "version of smoot_hf that wrote it, or delete the file to start K afresh"
-                    )
-                k, has_moved = file.get_tensor("k"), file.get_tensor("has_moved")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"the mask budget {path} cannot be read ({error}); resume from an earlier checkpoint, or delete the "
-                "file to start K afresh"
-            ) from error
+        metadata, k, has_moved = read_budget(path)
         self._require_identity(metadata, path)
-        is_whole = k.shape == (self.num_samples,) and metadata.get("sha256") == _digest(k, has_moved)
-        if not is_whole or not self._holds(k):
+        self._take_up(path, metadata, k, has_moved)
+
+    def _take_up(self, path: str | os.PathLike[str], metadata: dict[str, str], k: Tensor, has_moved: Tensor) -> None:
+        if k.dtype != torch.int32 or bool(((k < self.k_min) | (k > self.k_max)).any()):
             raise ValueError(f"the mask budget {path} is damaged; resume from an earlier checkpoint")
         self._stored.copy_(torch.where(has_moved, ~k, k))
         counts = torch.bincount(k - self.k_min, minlength=len(self._histogram))
         self._histogram.copy_(counts)
         self.epoch = None if metadata["epoch"] == "None" else int(metadata["epoch"])
-
-    def _holds(self, k: Tensor) -> bool:
-        """Whether every entry is an int32 within the bounds."""
-        return k.dtype == torch.int32 and bool(((k >= self.k_min) & (k <= self.k_max)).all())
 
     def _require_identity(self, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
         for name, value in self._identity().items():
@@ -262,9 +279,3 @@ class MaskBudget:
     def __repr__(self) -> str:
         height, width = self.image_size
         return f"MaskBudget(num_samples={self.num_samples}, image_size={height}x{width}, {self.statistics()})"
-
-
-def _digest(k: Tensor, has_moved: Tensor) -> str:
-    digest = hashlib.sha256(memoryview(k.numpy()))
-    digest.update(memoryview(has_moved.numpy()))
-    return digest.hexdigest()

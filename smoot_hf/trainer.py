@@ -15,6 +15,7 @@ from .budget_moves import BudgetMoves
 from .clean_pass import compiled_as_the_model, forward
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
+from .hub_trainer import HubTrainer
 from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
@@ -23,7 +24,8 @@ from .random_state import random_state_kept
 from .refusals import refuse_evaluation_set, refuse_unsupported
 from .resumable_trainer import ResumableTrainer
 from .sample_index import SAMPLE_IDX, check_class_labels
-from .saving_trainer import SavingTrainer, make_output_dir
+from .saving_trainer import make_output_dir
+from .tracking import TRACKERS, Tracking
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 
@@ -38,7 +40,7 @@ _NO_INDEX = (
 )
 
 
-class SmootTrainer(IndexedTrainer, SavingTrainer, ResumableTrainer):
+class SmootTrainer(HubTrainer, IndexedTrainer, ResumableTrainer):
     """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
 
     Takes the place of `transformers.Trainer` for any image classifier whose output has `logits`. The trainer itself
@@ -89,6 +91,8 @@ class SmootTrainer(IndexedTrainer, SavingTrainer, ResumableTrainer):
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
             self.mask_budget = self._fresh_mask_budget()
+        if not TRACKERS.isdisjoint(args.report_to):
+            self.add_callback(Tracking(self))
 
     # --- the mask budget -------------------------------------------------------------------------------------------
 

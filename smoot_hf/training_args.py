@@ -1,10 +1,21 @@
 """The arguments that SMOOT adds to `TrainingArguments`."""
 
+import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
+
+# Where and how a run is carried out, and what is looked at afterwards: none of it changes the trained weights.
+_NO_SETTINGS = {
+    *("method", "seed", "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "log_level"),
+    *("do_eval", "eval_strategy", "save_strategy", "save_total_limit", "logging_strategy", "logging_steps"),
+    *("per_device_eval_batch_size", "resume_from_checkpoint", "remove_unused_columns", "dataloader_num_workers"),
+    *("dataloader_pin_memory", "accelerator_config", "fsdp_config", "trackio_space_id"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+    "hub_revision",
+}
 
 
 def _argument(default: Any, help: str) -> Any:
@@ -106,6 +117,10 @@ class SmootTrainingArguments(TrainingArguments):
         smoot_args.__dict__.update({f.name: f.default for f in _smoot_fields()} | args.__dict__)
         return smoot_args
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but `hub_token`, for the Trainer pushes its pickled arguments to the Hub."""
+        return self.__dict__ | {"hub_token": None}
+
     def step_in_pixels(self, image_size: tuple[int, int]) -> float:
         """mu in pixels of an image of (H, W)."""
         if self.step_unit == "pixels":
@@ -144,6 +159,24 @@ class SmootTrainingArguments(TrainingArguments):
                 f"mask_ratio_min={self.mask_ratio_min}, mask_ratio={self.mask_ratio}, "
                 f"mask_ratio_max={self.mask_ratio_max}"
             )
+
+
+def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """What decides the weights, beside method and seed: the arguments that differ from their defaults, by name.
+
+    Compared with the fields, not with a second instance: that would reset accelerate's state below a trainer's feet.
+    """
+    values = args.to_dict()
+    changed = {
+        f.name: values[f.name]
+        for f in fields(args)
+        if f.name in values and f.name not in _NO_SETTINGS and (values[f.name] or None) != (_default(f) or None)
+    }
+    return json.loads(json.dumps(changed, default=str, sort_keys=True))
+
+
+def _default(f: Field) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _smoot_fields() -> list[Any]:

@@ -9,6 +9,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import loopback_hub
+
+# The Hub of the tests: nothing answers there, and the client stays offline, unless a test asks for `hub`.
+os.environ |= {
+    "HF_ENDPOINT": loopback_hub.ENDPOINT,
+    "HF_TOKEN": loopback_hub.TOKEN,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
 import datasets
 import torch
 from hypothesis import settings
@@ -129,7 +139,7 @@ def quick_args(tmp_path):
     """`SmootTrainingArguments` of a six-step run; keywords override."""
 
     def make(**overrides):
-        return SmootTrainingArguments(output_dir=str(tmp_path / "run"), **(QUICK | overrides))
+        return SmootTrainingArguments(**({"output_dir": str(tmp_path / "run")} | QUICK | overrides))
 
     return make
 
@@ -189,6 +199,15 @@ def freeze_batch_statistics(model):
             module.forward = lambda x, m=module: torch.nn.functional.batch_norm(
                 x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps
             )
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A `LoopbackHub` that the client of this process talks to."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = loopback_hub.LoopbackHub(tmp_path / "hub")
+    yield server
+    server.close()
 
 
 class StepRecorder:

@@ -13,6 +13,7 @@ FORBIDDEN = {
     "smoot_hf/functional": ["smoot_hf!functional", "transformers", "datasets", "numpy", "accelerate"],
     "smoot_hf/evaluation.py": ["smoot_hf.trainer"],
     "smoot_hf/trainer.py": ["smoot_hf.data"],
+    "smoot_hf/model_card.py": ["smoot_hf.trainer", "smoot_hf.data"],
     "smoot_hf": ["recipes", "matplotlib", "sklearn", "tests"],
 }
 
@@ -43,8 +44,10 @@ def offences(path, rules):
     return [(path.name, n, r) for n in imported_modules(path.read_text(), package) for r in rules if offends(n, r)]
 
 
-# sklearn ships the digits that the loader embeds; it is imported when they are asked for.
-ALLOWED = {("data.py", "sklearn")}
+# sklearn ships the digits that the loader embeds, matplotlib draws a card: imported when they are asked for.
+ALLOWED = {("data.py", "sklearn"), ("card_figures.py", "matplotlib")}
+# What travels with a saved model, to machines without smoot_hf.
+TRAVELLING = ["modeling_smoot_cnn.py", "grey_image_processor.py"]
 
 
 @pytest.mark.parametrize("room", FORBIDDEN)
@@ -66,6 +69,13 @@ def test_the_test_above_can_fail():
     assert offends("smoot_hf.mask_budget", "smoot_hf!functional")
     assert not offends("smoot_hf.functional.masking", "smoot_hf!functional")
     assert imported_modules("from ..trainer import X", "smoot_hf.functional") == ["smoot_hf.trainer.X"]
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_what_travels_with_a_model_needs_nothing_of_ours(name):
+    """Catches an import that a machine without smoot_hf cannot follow."""
+    modules = imported_modules((PACKAGE / name).read_text(), "smoot_hf")
+    assert {module.partition(".")[0] for module in modules} <= {"math", "typing", "torch", "transformers"}
 
 
 def test_files_stay_small():

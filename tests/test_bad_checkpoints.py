@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from smoot_hf import MaskBudget
-from smoot_hf.mask_budget import _digest
+from smoot_hf.budget_file import _digest
 from smoot_hf.saving_trainer import SaveError
 
 K_FILE = "mask_budget.safetensors"

@@ -17,6 +17,7 @@ from transformers.models.timm_wrapper import TimmWrapperImageProcessor
 
 from smoot_hf import InputPipeline
 from smoot_hf.functional import counter_uniform
+from smoot_hf.pillow_resize import pillow_resize
 
 GREY = {"image_mean": [0.13], "image_std": [0.31]}
 
@@ -63,15 +64,25 @@ def test_evaluation_is_the_image_processor(name, size):
 @pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 def test_evaluation_is_timms_transform(crop_pct, crop_mode):
-    """Fault: a crop one pixel off (timm rounds half a pixel, transformers floors). Pillow rounds as it resizes."""
+    """Fault: a crop one pixel off (timm rounds half a pixel, transformers floors), or torchvision's grey values."""
     processor = TimmWrapperImageProcessor(
         {"input_size": (3, 64, 64), "crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": "bicubic"}
     )
     images = uint8_images(2, 3, 37, 50)
     made = InputPipeline.from_image_processor(processor)
     theirs = processor([as_pillow(image) for image in images], return_tensors="pt")["pixel_values"]
-    two_levels = 2 / 255 / min(made.std)
-    torch.testing.assert_close(made.prepare_evaluation(images), theirs, rtol=0, atol=two_levels)
+    torch.testing.assert_close(made.prepare_evaluation(images), theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resizing_is_pillows_to_the_grey_value(interpolation):
+    """Fault: another rounding, a support cut off at the border, or the sides in the wrong order."""
+    sizes = torch.randint(1, 40, (40, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    for height, width, new_height, new_width in sizes:
+        image = uint8_images(1, 3, height, width)
+        theirs = as_pillow(image[0]).resize((new_width, new_height), Image.Resampling[interpolation.upper()])
+        ours = pillow_resize(image, (new_height, new_width), interpolation)[0].permute(1, 2, 0)
+        assert np.array_equal(ours, theirs), (height, width, new_height, new_width)
 
 
 @pytest.mark.parametrize(

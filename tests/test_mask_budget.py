@@ -1,9 +1,11 @@
 """K of every sample: bounds, first visits, duplicates, statistics, file."""
 
+import datasets
 import numpy as np
 import pytest
 import reference
 import torch
+from datasets import Dataset, Value, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -181,8 +183,82 @@ def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("smoot_hf.mask_budget.save_file", disk_full)
+    monkeypatch.setattr("smoot_hf.budget_file.save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
         moved_budget().save(path)
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fingerprint", ["abc", None])
+def test_a_file_is_enough_to_load_a_budget(tmp_path, fingerprint):
+    """Catches bounds that a round trip through ratios moves by a pixel, and a budget that cannot go on."""
+    for bounds in ({}, {"mask_ratio": 0.5, "mask_ratio_min": 0.29, "mask_ratio_max": 0.57}):
+        saved = budget(23, (7, 13), dataset_fingerprint=fingerprint, **bounds)
+        saved.begin_epoch(4)
+        saved.update(idx(0, 1, 2), torch.tensor([1.0, -1.0, 0.3]), 10)
+        saved.save(tmp_path / "k.safetensors")
+        loaded = MaskBudget.load(tmp_path / "k.safetensors")
+        assert loaded._identity() == saved._identity()
+        assert loaded.statistics() == saved.statistics()
+        for mine in (saved, loaded):
+            mine.begin_epoch(4)
+            mine.update(idx(0, 5), torch.tensor([1.0, 1.0]), 10)
+        assert torch.equal(loaded.k, saved.k)
+        assert torch.equal(loaded.histogram, saved.histogram)
+
+
+# --- data set ----------------------------------------------------------------------------------------------------
+
+
+# HF Datasets 5.2 sorts by an argument that pyarrow 25 has deprecated.
+@pytest.mark.filterwarnings("ignore:Specifying null_placement:FutureWarning")
+def test_k_is_a_data_set_that_sorts_joins_and_goes_through_parquet(tmp_path):
+    """Catches rows in another order than the training set's, a ratio of something else, and columns lost on the way."""
+    mine = moved_budget()
+    images = Dataset.from_dict({"name": [f"image {row}" for row in range(10)]})
+    rows = mine.to_dataset(labels=[row % 3 for row in range(10)])
+    assert rows.features == {
+        "sample_idx": Value("int64"),
+        "k": Value("int32"),
+        "ratio": Value("float64"),
+        "label": Value("int64"),
+    }
+    assert rows[:3] == {"sample_idx": [0, 1, 2], "k": [60, 40, 53], "ratio": [0.6, 0.4, 0.53], "label": [0, 1, 2]}
+    lowest, highest = (rows.sort("k", reverse=reverse)[0]["sample_idx"] for reverse in (False, True))
+    assert (lowest, highest) == (1, 0)
+    assert images.select(rows.sort("k")["sample_idx"])[0]["name"] == "image 1"
+    joined = concatenate_datasets([images, rows], axis=1)
+    assert joined[1] == {"name": "image 1", "sample_idx": 1, "k": 40, "ratio": 0.4, "label": 1}
+    # What push_to_hub uploads is Parquet.
+    rows.to_parquet(tmp_path / "k.parquet")
+    assert Dataset.from_parquet(str(tmp_path / "k.parquet"), cache_dir=str(tmp_path))[:] == rows[:]
+
+
+@pytest.mark.parametrize(
+    "labels", [["a", "b"] * 5, np.arange(10), torch.arange(10), Dataset.from_dict({"y": [0, 1] * 5})["y"]]
+)
+def test_labels_may_come_in_any_form(labels):
+    """Catches a tensor, or a column of HF Datasets, that is stored as something else than its values."""
+    column = moved_budget().to_dataset(labels)["label"]
+    assert list(column) == [value.item() if hasattr(value, "item") else value for value in labels]
+
+
+def test_labels_of_another_data_set_are_refused():
+    """Catches K beside the labels of other images."""
+    assert "label" not in budget().to_dataset().column_names
+    with pytest.raises(ValueError, match="labels must be one per training sample, 10, got 9"):
+        budget().to_dataset([0] * 9)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_k_is_pushed_and_comes_back(hub, tmp_path, monkeypatch):
+    """Fault: columns or types that the file of a data set on the Hub does not keep."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    rows = MaskBudget(5, (4, 4)).to_dataset(labels=["ant", "bee", "ant", "bee", "ant"])
+    rows.push_to_hub("tester/digits-k")
+    back = datasets.load_dataset("tester/digits-k", split="train", cache_dir=str(tmp_path / "cache"))
+    assert back.to_dict() == rows.to_dict()
+    assert back.features == rows.features
+    assert hub.unknown == []

@@ -1,0 +1,136 @@
+"""One image explained by several models: prediction, saliency, and what is left of both as salient pixels are removed.
+
+Ranking, fill and removal are those of `evaluate_faithfulness`; nothing here knows of the page that shows it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from checkpoints import Checkpoint
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from smoot_hf import Convention
+from smoot_hf.attributions import LogitsModel
+from smoot_hf.evaluation_data import DataBatch, rank_batch
+from smoot_hf.functional.perturbation import measure_outputs, perturbed_outputs
+from smoot_hf.functional.removal import Fill, even_fractions, removal_ranks, removed_counts
+from smoot_hf.model_state import model_device, untouched
+
+STEPS = 20
+# A dropped image has no label: each model is asked about the class that it predicts itself.
+CONVENTION = Convention(target="predicted", measure="probability", fractions=even_fractions(STEPS))
+
+_MODES = {1: "L", 3: "RGB"}
+_SHALLOW = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What one model says of one image, whole and with more and more of its most salient pixels removed.
+
+    Attributes:
+        attribution: (H, W), magnitude of the gradient of the predicted class' logit.
+        fractions: float64 (S+1,), true fractions removed.
+        probability: (S+1,) in [0, 1], of the class predicted for the whole image.
+        classes: int64 (S+1,), the class predicted at each fraction; the first is that of the whole image.
+        pictures: uint8 (S+1, H, W, C), the image with the pixels removed.
+    """
+
+    attribution: Tensor
+    fractions: Tensor
+    probability: Tensor
+    classes: Tensor
+    pictures: np.ndarray
+
+
+def explain(checkpoint: Checkpoint, pixels: Tensor, fill: Fill = "corner") -> Explanation:
+    """Explain one image and remove its most salient pixels step by step.
+
+    Args:
+        checkpoint: model and input pipeline.
+        pixels: uint8 (C, H, W), at native resolution.
+        fill: what replaces a removed pixel, see `functional.removal.removal_fill`.
+    """
+    model, pipeline = checkpoint
+    convention = dataclasses.replace(CONVENTION, fill=fill)
+    device = model_device(model)
+    nothing = torch.zeros(1, dtype=torch.int64, device=device)
+    with untouched(model):
+        batch = DataBatch(pipeline.normalize(pixels[None].to(device)), nothing, nothing)
+        scorer = LogitsModel(model, pipeline.resize)
+        ranked = rank_batch(scorer, batch, None, convention, seed=0, batch_size=STEPS + 1)
+        ranks = removal_ranks(ranked.attribution)
+        counts = removed_counts(convention.fractions, ranks.numel())
+        outputs = perturbed_outputs(scorer, ranked.images, ranked.fill, ranks, counts)
+    is_removed = ranks < torch.tensor(counts, device=device)[:, None, None]
+    shown = torch.where(is_removed[:, None], ranked.fill, ranked.images)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (pipeline.mean, pipeline.std))
+    pictures = ((shown * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return Explanation(
+        attribution=ranked.attribution[0].cpu(),
+        fractions=torch.tensor(counts, dtype=torch.float64) / ranks.numel(),
+        probability=measure_outputs(outputs, ranked.target, "probability")[0].cpu(),
+        classes=outputs[0].argmax(dim=1).cpu(),
+        pictures=pictures.cpu().numpy(),
+    )
+
+
+def as_pixels(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """An image of any size as the models know them: uint8 (C, H, W), cut to the proportions, averaged to the size.
+
+    Enlarged copies of images of that very size come back unchanged.
+
+    Raises:
+        ValueError: more than 8 bits per channel.
+    """
+    channels, height, width = shape
+    if image.mode not in _SHALLOW:
+        raise ValueError(f"images of mode {image.mode!r} have more than 8 bits per channel: convert it to 8 bits first")
+    upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
+    small = np.array(ImageOps.fit(upright, (width, height), method=Image.Resampling.BOX))
+    return torch.from_numpy(small.reshape(height, width, channels).transpose(2, 0, 1).copy())
+
+
+def enlarged(picture: np.ndarray, side: int = 224) -> Image.Image:
+    """uint8 (H, W, C) as an image at least `side` pixels wide, every pixel a whole number of them."""
+    times = max(1, -(-side // picture.shape[1]))
+    large = picture.repeat(times, axis=0).repeat(times, axis=1)
+    return Image.fromarray(large[..., 0] if large.shape[2] == 1 else large)
+
+
+def saliency_picture(attribution: Tensor) -> np.ndarray:
+    """(H, W) -> uint8 (H, W, 3): share of the map's own maximum, as in the figures."""
+    share = attribution / attribution.max().clamp_min(1e-38)
+    return (colormaps["magma"](share.numpy())[..., :3] * 255).round().astype(np.uint8)
+
+
+def draw_fall(explanations: Mapping[str, Explanation], colours: Mapping[str, str], step: int) -> Figure:
+    """The probability of every model's class over the fraction removed, with the current point.
+
+    Args:
+        explanations: model -> explanation.
+        colours: model -> colour.
+        step: of the current point, from 0 to S.
+    """
+    # Not by pyplot, which threads must not share.
+    figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, found in explanations.items():
+        x, y = 100 * found.fractions, 100 * found.probability
+        axes.plot(x, y, color=colours[name], linewidth=2, label=name)
+        axes.plot(x[step], y[step], "o", color=colours[name], markersize=9, markeredgecolor="black")
+    now = 100 * float(next(iter(explanations.values())).fractions[step])
+    axes.axvline(now, color="black", linewidth=1, linestyle=":")
+    axes.set(xlim=(-1, 101), ylim=(-3, 103))
+    axes.set_xlabel("pixels removed, most salient first (%)")
+    axes.set_ylabel("probability (%)")
+    axes.set_title("Probability of the class predicted for the whole image", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right")
+    return figure

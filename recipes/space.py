@@ -1,0 +1,101 @@
+"""A folder that can be published as a Space: the demo's page, its models and examples, and the code that they need."""
+
+import json
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import read_checkpoint, saved_model
+from demo import Example, make_page
+from PIL import Image
+from transformers import AutoImageProcessor
+
+ROOT = Path(__file__).parent.parent
+_METADATA = "metadata.jsonl"
+
+_APP = '''"""Serves the page; written by recipes/demo.py."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "recipes")]
+
+from demo import launch_settings  # noqa: E402
+from space import read_page  # noqa: E402
+
+demo = read_page(HERE)
+
+if __name__ == "__main__":
+    demo.launch(**launch_settings())
+'''
+
+_README = """---
+title: What does the model look at?
+sdk: gradio
+sdk_version: {version}
+app_file: app.py
+tags: [smoot, saliency, interpretability, image-classification]
+---
+
+Saliency maps of {names}, and what is left of their predictions as the most salient pixels are removed.
+Written by `recipes/demo.py` of smoot_hf; the models are in `checkpoints`, the example images in `examples`.
+"""
+
+
+def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence[Example]) -> None:
+    """Write everything that the page needs.
+
+    Args:
+        folder: must not exist, or be empty.
+        checkpoints: name on the page -> folder or Hub id.
+        examples: test images.
+
+    Raises:
+        ValueError: the folder holds something.
+        ImportError: without gradio, whose version the Space names.
+    """
+    try:
+        from gradio import __version__ as version
+    except ImportError as error:
+        raise ImportError("the demo needs gradio: pip install 'smoot-hf[demo]'") from error
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--space {folder} must be a folder that is new or empty")
+    (folder / "examples").mkdir(parents=True)
+    for name, path in checkpoints.items():
+        place = folder / "checkpoints" / name
+        read_checkpoint(path, "cpu").model.save_pretrained(place)
+        AutoImageProcessor.from_pretrained(saved_model(path)).save_pretrained(place)
+    lines = []
+    for number, (pixels, label) in enumerate(examples):
+        file_name = f"{number:02}.png"
+        picture = pixels.permute(1, 2, 0).numpy()
+        Image.fromarray(picture[..., 0] if len(pixels) == 1 else picture).save(folder / "examples" / file_name)
+        lines.append(json.dumps({"file_name": file_name, "label": label}) + "\n")
+    (folder / "examples" / _METADATA).write_text("".join(lines), encoding="utf-8")
+    (folder / "order.json").write_text(json.dumps(list(checkpoints)) + "\n", encoding="utf-8")
+    for package in ("smoot_hf", "recipes"):
+        code = shutil.ignore_patterns("__pycache__", "figures", "benchmarks")
+        shutil.copytree(ROOT / package, folder / package, ignore=code)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["recipes"]]
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+    (folder / "app.py").write_text(_APP, encoding="utf-8")
+    (folder / "README.md").write_text(_README.format(version=version, names=", ".join(checkpoints)), encoding="utf-8")
+
+
+def read_page(folder: Path) -> Any:
+    """The page of a folder that `write_space` wrote."""
+    names = json.loads((folder / "order.json").read_text(encoding="utf-8"))
+    checkpoints = {name: read_checkpoint(str(folder / "checkpoints" / name), "cpu") for name in names}
+    examples = []
+    for line in (folder / "examples" / _METADATA).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        picture = np.array(Image.open(folder / "examples" / row["file_name"]))
+        channels_last = torch.from_numpy(picture.reshape(*picture.shape[:2], -1))
+        examples.append(Example(channels_last.permute(2, 0, 1), row["label"]))
+    return make_page(checkpoints, examples)

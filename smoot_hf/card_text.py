@@ -1,0 +1,238 @@
+"""The text of a model card: Markdown from what a run has measured and what is known of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .results import Results, Row
+
+_METHODS = {
+    "smoot": "**SMOOT** (*Saliency Guided Mask Optimized Online Training*): in every step of training the K least "
+    "salient pixels of each image were replaced by noise, the prediction was held to what it was before, and that "
+    "image's own K moved up or down",
+    "sgt": "**SGT** (*Saliency Guided Training*): in every step of training the K least salient pixels of each image "
+    "were replaced by noise, K being the same for all images, and the prediction was held to what it was before",
+    "standard": "standard training (cross-entropy alone)",
+}
+_COLUMNS = {
+    "accuracy": "Accuracy (%)",
+    "deletion_auc": "Deletion AUC (%, lower is better)",
+    "random_auc": "The same in random order",
+    "insertion_auc": "Insertion AUC (%, higher is better)",
+    "gap": "Gap (higher is better)",
+}
+_MOST_NAMES = 20
+
+
+def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    """Everything below the metadata.
+
+    Args:
+        results: of `model_card.run_results`: the final weights first, then a row for each convention.
+        about: of `model_card`: names, data, model.
+        figures: name -> path from the card.
+    """
+    sections = {
+        "Results": _results(results, about, figures),
+        "K: how many pixels each image could lose": _budget(results.rows[0], figures),
+        "Use": _use(about),
+        "Training": _training(results, about),
+        "Versions": _table({k: v for k, v in results.environment.items() if v is not None}, ("item", "value")),
+        "Limits": _limits(results, about),
+        "Citation": _CITATION,
+    }
+    body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
+    return f"# {about['name']}\n\n{_introduction(results, about)}\n\n{body}\n"
+
+
+def _introduction(results: Results, about: Mapping[str, Any]) -> str:
+    start = (
+        f" from [{about['base_model']}](https://huggingface.co/{about['base_model']})" if about["base_model"] else ""
+    )
+    start = start or (" from a local checkpoint" if about["is_finetuned"] else " from random weights")
+    data = about["dataset"] or "a data set that was not named"
+    classes = about["classes"]
+    names = ", ".join(classes[:_MOST_NAMES]) + (", ..." if len(classes) > _MOST_NAMES else "")
+    return (
+        f"An image classifier of {len(classes)} classes ({names}): a `{about['model']}` of {about['parameters']:,} "
+        f"parameters, trained{start} on {data} by {_METHODS[results.settings['method']]}."
+    )
+
+
+def _results(results: Results, about: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    first, *measured = results.rows
+    reported = {name: m.mean for name, m in first.metrics.items() if m.unit == "as reported"}
+    parts = []
+    if reported:
+        images = f" ({about['eval_images']:,} images)" if about["eval_images"] else ""
+        parts.append(f"On the evaluation set{images}, as the metrics report them:")
+        parts.append("\n".join(f"- {name}: {value:.4f}" for name, value in reported.items()))
+    if measured:
+        columns = {n: title for n, title in _COLUMNS.items() if any(n in row.metrics for row in measured)}
+        n = {detail["n"] for row in measured for detail in row.details["by_seed"].values()}
+        parts.append(
+            f"Faithfulness of the saliency, on {' and '.join(f'{count:,}' for count in sorted(n))} images of it: what "
+            "is left of the accuracy when the pixels that the saliency points at are removed (deletion), or when they "
+            "alone are there (insertion). **The convention is part of the number**: only numbers of one convention "
+            "compare."
+        )
+        parts.append(Results("", {}, {}, measured).markdown_table(columns).strip())
+        parts += [sentence for i, row in enumerate(measured, 1) for sentence in _reading(i, row)]
+    if "curves" in figures:
+        parts.append(f"![Deletion and insertion curves, with a random order as the control]({figures['curves']})")
+    if "saliency" in figures:
+        parts.append(f"![Evaluation images and their saliency]({figures['saliency']})")
+        parts.append(
+            "*Evaluation images, spread evenly over the set, and the magnitude of the gradient of their label's logit "
+            "(mean over the channels), each as a share of its own maximum.*"
+        )
+    return "\n\n".join(parts)
+
+
+def _reading(number: int, row: Row) -> list[str]:
+    """The interval of an area, and whether it says anything."""
+    sentences = []
+    for detail in row.details["by_seed"].values():
+        if detail["deletion"]["interval"]:
+            low, high = detail["deletion"]["interval"]
+            sentences.append(
+                f"[{number}] 95 % bootstrap interval of the deletion AUC over the images: {low:.2f} to {high:.2f}."
+            )
+    if "random_auc" in row.metrics and row.metrics["deletion_auc"].mean >= row.metrics["random_auc"].mean:
+        sentences.append(
+            f"[{number}] **The deletion AUC is not below that of a random order: in this convention the saliency "
+            "points at nothing that matters to the model.**"
+        )
+    return sentences
+
+
+def _budget(first: Row, figures: Mapping[str, str]) -> str:
+    histogram = first.details.get("k_histogram")
+    if histogram is None:
+        return ""
+    height, width = histogram["image_size"]
+    counts, lowest = histogram["counts"], histogram["lowest"]
+    if len(counts) == 1:
+        return f"K was {lowest} of {height * width} pixels for every training image."
+    k = {name: first.metrics[name].mean for name in ("k_min", "k_median", "k_max")}
+    text = (
+        f"At the end of training K was {k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} of {height * width} pixels "
+        f"(minimum, median, maximum over {sum(counts):,} training images); {counts[0]:,} images were at the lower "
+        f"bound of {lowest} and {counts[-1]:,} at the upper one of {lowest + len(counts) - 1}."
+    )
+    return text + (
+        f"\n\n![How many training images have which K]({figures['k_histogram']})" if "k_histogram" in figures else ""
+    )
+
+
+def _use(about: Mapping[str, Any]) -> str:
+    if not about["has_processor"]:
+        return ""
+    trust = ", trust_remote_code=True" if about["needs_code"] else ""
+    code = (
+        "\nThe repository brings the code of this model along, which `trust_remote_code=True` runs: look at its `.py` "
+        "files first.\n"
+    )
+    grey = " Colours are made grey." if about["is_grey"] else ""
+    return _USE.format(repo=about["repo"], trust=trust, code=code if trust else "", grey=grey)
+
+
+_USE = """With transformers alone:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", "{repo}"{trust})
+classify("photo.png")
+```
+{code}
+Images are resized and normalised as in the evaluation.{grey} To draw the saliency of a prediction, with
+[captum](https://captum.ai):
+
+```python
+import matplotlib.pyplot as plt
+from captum.attr import Saliency
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("{repo}"{trust})
+model = AutoModelForImageClassification.from_pretrained("{repo}"{trust}).eval()
+pixels = processor(Image.open("photo.png").convert("RGB"), return_tensors="pt")["pixel_values"]
+
+
+def logits(pixel_values):
+    return model(pixel_values=pixel_values).logits
+
+
+predicted = logits(pixels).argmax(dim=1)
+saliency = Saliency(logits).attribute(pixels.requires_grad_(), target=predicted).mean(dim=1)  # (1, H, W)
+plt.imshow(saliency[0], cmap="magma")
+plt.savefig("saliency.png")
+```"""
+
+
+def _training(results: Results, about: Mapping[str, Any]) -> str:
+    settings = dict(results.settings)
+    data = about["dataset"] or "not named"
+    if about["dataset_id"]:
+        data = f"[{about['dataset']}](https://huggingface.co/datasets/{about['dataset_id']})"
+    facts = {
+        "data set": data,
+        "configuration": about["dataset_config"],
+        "revision": about["dataset_revision"],
+        "fingerprint of the training set": about["dataset_fingerprint"],
+        "training images": about["train_images"],
+        "epochs": settings.pop("epochs"),
+        "steps": settings.pop("steps"),
+    }
+    known = {name: value for name, value in facts.items() if value is not None}
+    heading = "Method, seed, the arguments that differ from their defaults, and what no argument says:"
+    return (
+        f"{_table(known, ('item', 'value'))}\n\n{heading}\n\n"
+        f"{_table({f'`{k}`': f'`{v}`' for k, v in settings.items()}, ('argument', 'value'))}"
+    )
+
+
+def _table(values: Mapping[str, Any], heads: tuple[str, str]) -> str:
+    lines = [f"| {heads[0]} | {heads[1]} |", "|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items())]
+    )
+
+
+def _limits(results: Results, about: Mapping[str, Any]) -> str:
+    limits = [
+        f"One training run (seed {results.settings['seed']}): how much the numbers move with the seed is not known.",
+        "A saliency map shows what the model's output reacts to, not why the label is right; it is no proof that the "
+        "model decides for good reasons.",
+    ]
+    if len(results.rows) == 1:
+        limits.append("The faithfulness of this model's saliency was not measured.")
+    else:
+        limits.append(
+            "Faithfulness was measured on the images above only, and in no other convention than those stated."
+        )
+    if results.settings["method"] != "standard":
+        limits.append(
+            "A model trained on masked images takes the removal of any pixels otherwise than one that was not: compare "
+            "with the random order, not with the numbers of other models alone."
+        )
+    limits.append(
+        f"It knows the classes of {about['dataset'] or 'its training set'}, and takes every image for one of them."
+    )
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+_CITATION = """SMOOT: *Saliency Guided Mask Optimized Online Training*. SGT: Ismail, Corrada Bravo, Feizi: *Improving
+Deep Learning Interpretability by Saliency Guided Training*, NeurIPS 2021.
+
+```bibtex
+@misc{smoot,
+  title = {Saliency Guided Mask Optimized Online Training}
+}
+@inproceedings{sgt,
+  title = {Improving Deep Learning Interpretability by Saliency Guided Training},
+  author = {Ismail and {Corrada Bravo} and Feizi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2021}
+}
+```"""

@@ -1,0 +1,325 @@
+"""The demo: its computation without the page, the page's endpoints, the Space, and the page in a real browser.
+
+The browser is Chromium through Playwright: its own (`playwright install chromium`), or the one that CHROMIUM names.
+"""
+
+import dataclasses
+import gc
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smoot_hf import evaluate_faithfulness
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "300", "--max_eval_samples", "20"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*")
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def comparison(recipe, tmp_path_factory):
+    """A folder as recipes/compare_methods.py leaves it: two methods on some digits."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        for method in ("smoot", "standard"):
+            own = ["--method", method, "--output_dir", f"runs/{method}-seed0", "--num_train_epochs", "3"]
+            recipe("train").main(recipe("train_digits").DEFAULTS, argv=[*own, *QUICK])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def test_images(recipe, comparison):
+    return recipe("checkpoints").recorded_images(comparison / "runs" / "smoot-seed0", "test")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(recipe, comparison, test_images):
+    names = recipe("demo").named_checkpoints([str(comparison)])
+    return {name: recipe("checkpoints").load_checkpoint(path, test_images, "cpu") for name, path in names.items()}
+
+
+# --- computation -------------------------------------------------------------------------------------------------
+
+
+class Relabelled(torch.utils.data.Dataset):
+    """Images whose label is what a model predicts, which is what an evaluation of the predicted class follows."""
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return self.images[self.rows[place]]
+
+
+@pytest.mark.parametrize("fill", ["corner", "mean"])
+def test_curves_are_those_of_the_evaluation(recipe, checkpoints, test_images, fill):
+    """Fault: another ranking, fill, class or fraction than the numbers of the tables rest on."""
+    explanation = recipe("explanation")
+    rows = [0, 7, 30]
+    convention = dataclasses.replace(explanation.CONVENTION, fill=fill)
+    for model, pipeline in checkpoints.values():
+        found = [explanation.explain((model, pipeline), test_images[row]["pixel_values"], fill) for row in rows]
+        measured = evaluate_faithfulness(
+            model, Relabelled(test_images, rows), convention=convention, curves=(), input_pipeline=pipeline
+        )
+        curve = 100 * torch.stack([one.probability for one in found]).double().mean(dim=0)
+        # Batches of other sizes add up the same numbers in another order.
+        assert torch.allclose(curve, measured.deletion_curve, atol=1e-3)
+        assert torch.equal(found[0].fractions, measured.fractions)
+
+
+def test_the_most_salient_pixels_go_first_and_only_they(recipe, checkpoints, test_images):
+    """Fault: pictures of another step than the slider says, or in normalised units."""
+    explain = recipe("explanation").explain
+    pixels = test_images[5]["pixel_values"]
+    one = explain(checkpoints["smoot"], pixels)
+    image = pixels.permute(1, 2, 0).numpy()
+    assert np.array_equal(one.pictures[0], image)
+    assert np.all(one.pictures[-1] == image[0, 0])
+    order = one.attribution.flatten().argsort(descending=True, stable=True)
+    for step, fraction in enumerate(one.fractions.tolist()):
+        removed = order[: round(fraction * 64)].numpy()
+        expected = image.reshape(64, -1).copy()
+        expected[removed] = image[0, 0]
+        assert np.array_equal(one.pictures[step].reshape(64, -1), expected), step
+    with torch.no_grad():
+        pipeline = checkpoints["smoot"].pipeline
+        logits = checkpoints["smoot"].model(pipeline.prepare_evaluation(pixels[None])).logits
+    assert int(one.classes[0]) == int(logits.argmax())
+    assert float(one.probability[0]) == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
+
+
+def test_an_example_comes_back_from_the_page_unchanged(recipe):
+    """Fault: enlarging for the screen changes what the model sees."""
+    explanation = recipe("explanation")
+    for channels in (1, 3):
+        pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+        shown = explanation.enlarged(pixels.permute(1, 2, 0).numpy())
+        assert min(shown.size) >= 160
+        assert torch.equal(explanation.as_pixels(shown, (channels, 5, 7)), pixels)
+
+
+def test_dropped_images_of_any_kind_become_what_the_models_know(recipe):
+    """Fault: a squeezed, sideways or transposed picture, and 16 bits cut to white without a word."""
+    as_pixels = recipe("explanation").as_pixels
+    left_half_red = Image.new("RGBA", (40, 20))
+    left_half_red.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    square = as_pixels(left_half_red, (3, 8, 8))
+    assert square.shape == (3, 8, 8)
+    assert square[0].tolist() == [[255] * 4 + [0] * 4] * 8
+    assert int(square[1:].max()) == 0
+    sideways = Image.new("L", (20, 20))
+    sideways.paste(255, (0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sideways.getexif().update(exif)
+    assert as_pixels(sideways, (1, 4, 4))[0, 0].tolist() == [0, 0, 255, 255]
+    with pytest.raises(ValueError, match="'I;16' have more than 8 bits"):
+        as_pixels(Image.new("I;16", (8, 8)), (1, 8, 8))
+
+
+def test_the_curve_has_its_point_where_the_slider_is(recipe, checkpoints, test_images):
+    """Fault: the marker of one model on another's curve, or at the asked instead of the true fraction."""
+    explanation = recipe("explanation")
+    found = {name: explanation.explain(one, test_images[3]["pixel_values"]) for name, one in checkpoints.items()}
+    axes = explanation.draw_fall(found, dict.fromkeys(found, "black"), 6).axes[0]
+    points = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "o"]
+    expected = [[100 * 19 / 64, 100 * float(one.probability[6])] for one in found.values()]
+    assert points == [pytest.approx(point) for point in expected]
+
+
+def test_checkpoints_are_called_by_their_method(recipe, comparison):
+    """Fault: maps under the name of another model; a comparison's runs in the order of a folder listing."""
+    named = recipe("demo").named_checkpoints
+    runs = [str(comparison / "runs" / name) for name in ("standard-seed0", "smoot-seed0")]
+    assert named([str(comparison)]) == {"standard": runs[0], "smoot": runs[1]} == named(runs)
+    assert list(named([str(comparison)])) == ["standard", "smoot"]
+    assert named(["someone/a-model", runs[1]]) == {"a-model": "someone/a-model", "smoot": runs[1]}
+    with pytest.raises(ValueError, match="two of the checkpoints are called 'smoot-seed0'"):
+        named([runs[1], runs[1]])
+
+
+def test_what_cannot_be_shown_is_one_clear_error(recipe, comparison, capsys):
+    """Fault: a traceback for a misspelled folder."""
+    for argv, message in (
+        (["absent"], "absent has no run.json"),
+        (["absent", "--dataset", "digits"], "cannot load the checkpoint 'absent'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            recipe("demo").main(argv)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(recipe, checkpoints, test_images):
+    """The page, served on the loopback address."""
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install 'smoot-hf[demo]'")
+    demo = recipe("demo")
+    page = demo.make_page(checkpoints, demo.choose_examples(test_images))
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **demo.launch_settings())
+    yield url
+    page.close(verbose=False)
+    # The event loops of gradio's server and client leave their sockets to the collector, which warns of each.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_endpoints_give_what_was_computed(recipe, checkpoints, test_images, address, tmp_path):
+    """Fault: outputs in the wrong column, a slider that moves another image's curve, an upload that loses pixels."""
+    from gradio_client import Client, handle_file
+
+    explanation, demo = recipe("explanation"), recipe("demo")
+    pixels = test_images[9]["pixel_values"]
+    explanation.enlarged(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "dropped.png")
+    client = Client(address, verbose=False, download_files=str(tmp_path))
+    for fill, removed in (("corner", 0), ("mean", 35)):
+        shown = client.predict(handle_file(tmp_path / "dropped.png"), fill, removed, api_name="/explain")
+        check_columns(shown, explanation, demo, checkpoints, pixels, fill, removed)
+    check_columns(client.predict(70, api_name="/show"), explanation, demo, checkpoints, pixels, "mean", 70)
+
+
+def check_columns(shown, explanation, demo, checkpoints, pixels, fill, removed):
+    step = round(removed / 5)
+    for column, (name, checkpoint) in enumerate(checkpoints.items()):
+        one = explanation.explain(checkpoint, pixels, fill)
+        text, left, saliency = shown[3 * column : 3 * column + 3]
+        assert text == demo.verdict(one, [str(digit) for digit in range(10)], step), name
+        for path, picture in ((left, one.pictures[step]), (saliency, explanation.saliency_picture(one.attribution))):
+            expected = np.asarray(explanation.enlarged(picture).convert("RGB"))
+            assert np.array_equal(np.asarray(Image.open(path).convert("RGB")), expected), name
+    assert shown[-1]["plot"].startswith("data:image/png;base64,")
+
+
+@pytest.fixture
+def space(recipe, comparison, tmp_path):
+    pytest.importorskip("gradio", reason="a Space names the version of gradio")
+    recipe("demo").main([str(comparison), "--space", str(tmp_path / "space")])
+    return tmp_path / "space"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_space_holds_models_examples_and_code(
+    recipe, comparison, space, checkpoints, test_images, monkeypatch, capsys
+):
+    """Fault: another model or example than the page's, and a Space written over a folder in use."""
+    readme = (space / "README.md").read_text()
+    assert readme.startswith("---\n")
+    assert {"sdk: gradio", "app_file: app.py"} <= set(readme.splitlines())
+    assert any(line.startswith("transformers>=") for line in (space / "requirements.txt").read_text().splitlines())
+    assert {"app.py", "smoot_hf", "recipes", "checkpoints", "examples"} <= {path.name for path in space.iterdir()}
+    read = []
+    monkeypatch.setattr(recipe("space"), "make_page", lambda *given: read.append(given))
+    recipe("space").read_page(space)
+    models, examples = read[0]
+    assert list(models) == list(checkpoints)
+    expected = recipe("demo").choose_examples(test_images)
+    assert [label for _, label in examples] == [label for _, label in expected]
+    explain = recipe("explanation").explain
+    for (pixels, _), (theirs, _) in zip(examples, expected, strict=True):
+        assert torch.equal(pixels, theirs)
+    for name, model in models.items():
+        assert torch.equal(explain(model, pixels).probability, explain(checkpoints[name], pixels).probability)
+    with pytest.raises(SystemExit):
+        recipe("demo").main([str(comparison), "--space", str(space)])
+    assert "must be a folder that is new or empty" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_space_runs_with_nothing_but_its_folder(space):
+    """Fault: a Space that needs a file, a model or a package of this repository."""
+    look = (
+        "import app, smoot_hf\n"
+        "print(smoot_hf.__file__)\n"
+        "print({d.api_name for d in app.demo.fns.values()} >= {'explain', 'show'})\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", look], cwd=space, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    package, has_endpoints = ran.stdout.splitlines()[-2:]
+    assert Path(package).is_relative_to(space)
+    assert has_endpoints == "True"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
+    with playwright.sync_playwright() as driver:
+        path = os.environ.get("CHROMIUM") or driver.chromium.executable_path
+        if not Path(path).is_file():
+            pytest.skip("no Chromium: run `playwright install chromium`, or let CHROMIUM name one")
+        # A container has no user namespaces for the sandbox.
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_person_can_choose_drop_and_remove(recipe, checkpoints, test_images, address, browser, tmp_path):
+    """Fault: events that are not wired, a page that needs the network, a column that stays empty."""
+    explanation, demo = recipe("explanation"), recipe("demo")
+    examples = demo.choose_examples(test_images)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+
+    def wait_for(pixels, removed):
+        labels = [str(digit) for digit in range(10)]
+        found = [explanation.explain(checkpoint, pixels) for checkpoint in checkpoints.values()]
+        for name, one in zip(checkpoints, found, strict=True):
+            text = demo.verdict(one, labels, round(removed / 5)).replace("<b>", "").replace("</b>", "")
+            page.wait_for_function(
+                "([id, text]) => document.getElementById(id)?.innerText.trim() === text",
+                arg=[f"verdict-{name}", text.replace("<br>", "\n")],
+                timeout=20_000,
+            )
+
+    wait_for(examples[0].pixels, 0)
+    before = page.locator("#curve img").get_attribute("src")
+    slider = page.locator("#removed input[type=range]")
+    slider.fill("30")
+    wait_for(examples[0].pixels, 30)
+    page.wait_for_function("old => document.querySelector('#curve img').src !== old", arg=before, timeout=20_000)
+    # Choose another example; the slider stays where it is.
+    page.locator("#examples button.thumbnail-item").nth(11).click()
+    wait_for(examples[11].pixels, 30)
+    # Drop one.
+    dropped = test_images[40]["pixel_values"]
+    explanation.enlarged(dropped.permute(1, 2, 0).numpy()).save(tmp_path / "dropped.png")
+    page.get_by_label("Remove Image").click()
+    page.wait_for_function("() => !document.querySelector('#verdict-smoot').innerText.trim()", timeout=20_000)
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "dropped.png")
+    wait_for(dropped, 30)
+    assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
+    page.close()

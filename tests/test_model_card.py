@@ -1,0 +1,211 @@
+"""The model card: written from the run, and from nothing else."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import TinyImages, build
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+from smoot_hf import evaluate_faithfulness
+from smoot_hf.fingerprint import hub_revision
+from smoot_hf.model_card import final_metrics
+from smoot_hf.results import load_results
+
+# Old releases of matplotlib warn of what their own dependencies will drop.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*")
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """Train, and write the card into tmp_path/run; the trainer, what was measured, and the card."""
+
+    def make(measured=True, card=None, **settings):
+        trainer = trained(
+            "vit", **settings, trainer_kwargs={"eval_dataset": TinyImages(8), "compute_metrics": accuracy}
+        )
+        found = []
+        if measured:
+            trainer.evaluate()
+            found = [
+                evaluate_faithfulness(trainer.model, trainer.eval_dataset, fill=fill, steps=4)
+                for fill in ("corner", "mean")
+            ]
+        trainer.create_model_card(**{"dataset": "noise", "faithfulness": found} | (card or {}))
+        return trainer, found, ModelCard.load(tmp_path / "run" / "README.md")
+
+    return make
+
+
+def test_the_metadata_are_the_hubs_own(run, tmp_path):
+    """Fault: a model-index that the Hub's classes cannot read, or that loses convention or value on the way."""
+    trainer, found, card = run()
+    data = card.data
+    assert {"smoot", "saliency", "interpretability", "image-classification"} <= set(data.tags)
+    assert (data.pipeline_tag, data.library_name) == ("image-classification", "transformers")
+    name, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert eval_results_to_model_index(name, results) == data.to_dict()["model-index"]
+    assert ModelCard(str(card)).data.to_dict() == data.to_dict()
+    reported = [(result.metric_type, result.metric_value) for result in data.eval_results]
+    assert reported == [
+        ("accuracy", trainer.state.log_history[-1]["eval_accuracy"]),
+        *((name, getattr(one, name)) for one in found for name in ("deletion_auc", "insertion_auc")),
+    ]
+    conventions = [r.metric_args["description"] for r in data.eval_results if r.metric_type == "deletion_auc"]
+    assert conventions == [one.convention.describe() for one in found]
+    assert {result.dataset_name for result in data.eval_results} == {"noise"}
+
+
+def test_every_number_comes_from_the_run(run, tmp_path):
+    """Fault: a number on the card that results.json does not have, or that is another run's."""
+    trainer, found, card = run(step_size=500, learning_rate=0.02)
+    results = load_results(tmp_path / "run" / "results.json")
+    first, *rows = results.rows
+    assert first.metrics["accuracy"].mean == trainer.state.log_history[-1]["eval_accuracy"]
+    assert [row.metrics["deletion_auc"].mean for row in rows] == [one.deletion_auc for one in found]
+    k = trainer.mask_budget.statistics()
+    assert {name: first.metrics[name].mean for name in k} == k
+    assert first.details["k_histogram"]["counts"] == trainer.mask_budget.histogram.tolist()
+    assert f"{k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} of 64 pixels" in card.text
+    at_bounds = [int((trainer.mask_budget.k == bound).sum()) for bound in (12, 51)]
+    assert f"{at_bounds[0]} images were at the lower bound of 12 and {at_bounds[1]} at the upper one of 51" in card.text
+    assert f"- accuracy: {trainer.state.log_history[-1]['eval_accuracy']:.4f}" in card.text
+    for one in found:
+        assert re.search(rf"\| {one.accuracy:.2f} \(n=1\) \| {one.deletion_auc:.2f} \(n=1\) \|", card.text)
+    for argument, value in {"step_size": 500, "learning_rate": 0.02, "max_steps": 6, "optimizer": "AdamW"}.items():
+        assert f"| `{argument}` | `{value}` |" in card.text
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert f"of {parameters:,} parameters" in card.text
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", card.text)
+    assert pictures == ["figures/curves.png", "figures/saliency.png", "figures/k_histogram.png"]
+    assert all((tmp_path / "run" / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_what_was_not_measured_is_not_on_the_card(run, tmp_path):
+    """Fault: an empty heading, a zero that nobody measured, a figure of an earlier run in the same folder."""
+    run()
+    _, _, card = run(measured=False, method="standard", card={"dataset": None})
+    assert card.data.eval_results is None
+    for word in ("AUC", "accuracy", "](figures", "K:", "| None"):
+        assert word not in card.text.split("## Limits")[0], word
+    assert "was not measured" in card.text
+    assert list((tmp_path / "run" / "figures").iterdir()) == []
+
+
+def test_one_k_for_all_needs_no_histogram(run):
+    """Fault: a histogram of one bar, or bounds that sgt does not have."""
+    _, _, card = run(measured=False, method="sgt")
+    assert "K was 32 of 64 pixels for every training image." in card.text
+    assert "k_histogram" not in card.text
+    assert "sgt" in card.data.tags
+
+
+def test_a_saliency_no_better_than_chance_is_said_to_be(run, monkeypatch):
+    """Fault: a card that praises whatever it holds."""
+    _, found, card = run()
+    said = [f"[{i}] **The deletion AUC is not below" in card.text for i in (1, 2)]
+    assert said == [one.deletion_auc >= one.random_auc for one in found]
+    assert any(said), "these six steps on noise are meant to have taught nothing in one convention at least"
+
+
+def test_without_matplotlib_the_card_is_written_and_the_user_told(run, tmp_path, monkeypatch):
+    """Fault: a push that fails at the end of a training for want of a figure, or pictures that are not there."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = []
+    monkeypatch.setattr("smoot_hf.model_card.logger.warning", said.append)
+    _, _, card = run()
+    assert len(said) == 1
+    assert "pip install matplotlib" in said[0]
+    assert "](figures" not in card.text
+    assert "Deletion AUC" in card.text
+
+
+def test_the_token_and_local_paths_stay_at_home(run, tmp_path):
+    """Fault: the arguments that differ from their defaults, secrets and folders among them."""
+    _, _, card = run(hub_token="hf_secret")
+    written = str(card) + (tmp_path / "run" / "results.json").read_text()
+    assert "hf_secret" not in written
+    assert str(tmp_path) not in written
+
+
+def test_results_are_those_of_the_final_weights(quick_trainer):
+    """Fault: with the best model back in place, the metrics of the last step beside its weights."""
+    scores = iter([1.0, 0.25, 0.75])
+    trainer = quick_trainer(
+        "vit", save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="score", greater_is_better=True,
+        trainer_kwargs={"eval_dataset": TinyImages(8), "compute_metrics": lambda _: {"score": next(scores)}},
+    )  # fmt: skip
+    assert final_metrics(trainer) == {}
+    trainer.train()
+    assert final_metrics(trainer)["score"] == 1.0
+    trainer.evaluate()
+    assert final_metrics(trainer)["score"] == 0.75
+
+
+def test_license_tags_and_origin_are_the_callers(run):
+    """Fault: arguments of `Trainer.create_model_card` taken and forgotten."""
+    _, _, card = run(card={"license": "mit", "tags": "digits", "finetuned_from": "someone/vit", "model_name": "Mine",
+                           "dataset_tags": "someone/noise", "dataset_args": "plain", "language": "en"})  # fmt: skip
+    data = card.data
+    assert (data.license, data.base_model, data.datasets, data.language) == (
+        "mit",
+        "someone/vit",
+        ["someone/noise"],
+        "en",
+    )
+    assert "digits" in data.tags
+    assert card.text.strip().startswith("# Mine")
+    assert "from [someone/vit]" in card.text
+    assert {(r.dataset_type, r.dataset_config) for r in data.eval_results} == {("someone/noise", "plain")}
+
+
+def test_a_data_set_of_the_hub_is_known_by_commit():
+    """Fault: results without the revision of their data, where HF Datasets has recorded it."""
+    commit = "0b2714987fa478483af9968de7c934580d0bb9a2"
+    stored = datasets.Dataset.from_dict({"x": [1, 2]})
+    stored.info.download_checksums = {
+        f"hf://datasets/someone/noise@{commit}/data/{name}.parquet": {"num_bytes": 1, "checksum": None}
+        for name in ("train", "test")
+    }
+    assert hub_revision(torch.utils.data.Subset(stored, [0])) == ("someone/noise", commit)
+    stored.info.download_checksums["/home/somebody/else.parquet"] = {}
+    assert hub_revision(stored) == ("someone/noise", commit)
+    assert hub_revision(TinyImages()) is None
+    assert hub_revision(datasets.Dataset.from_dict({"x": [1]})) is None
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_keeps_its_own_library(quick_trainer, tmp_path):
+    """Fault: a card that says transformers of weights that PEFT alone can load."""
+    peft = pytest.importorskip("peft")
+    names = [name for name, module in build("vit").named_modules() if isinstance(module, torch.nn.Linear)]
+    model = peft.get_peft_model(build("vit"), peft.LoraConfig(r=2, target_modules=names[:2]))
+    trainer = quick_trainer(model)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(dataset="noise")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "peft"
+    assert "## Limits" in card.text
+
+
+def test_results_json_is_whole(run, tmp_path):
+    """Fault: curves or versions missing from the file that everything on the card is to be found in."""
+    run()
+    content = json.loads(Path(tmp_path / "run" / "results.json").read_text())
+    assert content["settings"]["method"] == "smoot"
+    assert content["environment"]["torch"] == torch.__version__
+    assert len(content["rows"]) == 3
+    assert len(content["rows"][1]["details"]["by_seed"]["42"]["deletion"]["values"]) == 5

@@ -1,0 +1,259 @@
+"""The life of a model on the Hub: pushed by the trainer, used without smoot_hf, taken up again on another machine."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, TinyImages, build, parameters
+from huggingface_hub import ModelCard, snapshot_download
+from loopback_hub import ENDPOINT, TOKEN, USER
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+from transformers.models.timm_wrapper import TimmWrapperImageProcessor
+
+from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments, evaluate_faithfulness
+from smoot_hf.models import load_image_processor, load_model
+
+pytestmark = [
+    # The client's own, on every LFS upload.
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    # Old releases of matplotlib warn of what their own dependencies will drop.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*"),
+]
+LABELS = ["ant", "bee", "cat"]
+
+
+class Uint8Images(Dataset):
+    """Noise as decoded images: uint8 rows, labels in turn."""
+
+    def __init__(self, channels, size, length=12):
+        generator = torch.Generator().manual_seed(length)
+        self.images = torch.randint(0, 256, (length, channels, *size), dtype=torch.uint8, generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.images[i], "labels": i % len(LABELS)}
+
+
+def grey_cnn():
+    model = load_model("cnn", labels=LABELS, image_size=(8, 9), num_channels=1)
+    return model, load_image_processor("cnn", model, (8, 9), (0.4,), (0.3,)), (8, 9)
+
+
+def names():
+    return {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+
+
+def vit(channels=3):
+    """Made larger on its way into the model, by other means and deviations than the default ones."""
+    config = ViTConfig(image_size=12, patch_size=4, num_channels=channels, hidden_size=16, num_hidden_layers=1,
+                       num_attention_heads=2, intermediate_size=16, initializer_range=0.5, **names())  # fmt: skip
+    processor = ViTImageProcessor(
+        size={"height": 12, "width": 12}, image_mean=[0.4, 0.5, 0.6][:channels], image_std=[0.2, 0.3, 0.4][:channels]
+    )
+    return ViTForImageClassification(config), processor, (10, 7)
+
+
+def timm():
+    """Resized by Pillow, cropped."""
+    data = {"input_size": (3, 16, 16), "interpolation": "bicubic", "crop_pct": 0.8, "mean": (0.5,) * 3,
+            "std": (0.25,) * 3, "num_classes": 3}  # fmt: skip
+    config = TimmWrapperConfig.from_dict(
+        {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": data, "num_classes": 3, "model_args": {
+            "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}}
+    )  # fmt: skip
+    config.id2label, config.label2id = names().values()
+    model = TimmWrapperForImageClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # From its own start it tells no images apart.
+            parameter.mul_(5)
+    return model, TimmWrapperImageProcessor(data, "vit_tiny_patch16_224"), (40, 31)
+
+
+def published(name, parts, folder):
+    """Train for some steps and push; the evaluation images as files, and what the trainer says of them."""
+    model, processor, size = parts
+    channels = len(InputPipeline.from_image_processor(processor).mean)
+    test = Uint8Images(channels, size, length=5)
+    args = SmootTrainingArguments(str(folder / name), **QUICK, hub_model_id=f"{USER}/{name}")
+    trainer = SmootTrainer(
+        model=model, args=args, train_dataset=Uint8Images(channels, size), eval_dataset=test,
+        processing_class=processor, input_pipeline=InputPipeline.from_image_processor(processor),
+    )  # fmt: skip
+    trainer.train()
+    found = evaluate_faithfulness(trainer.model, test, input_pipeline=trainer.input_pipeline, steps=2)
+    trainer.push_to_hub(dataset="noise", faithfulness=[found])
+    paths = []
+    for i, image in enumerate(test.images):
+        paths.append(str(folder / f"{name}-{i}.png"))
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(paths[-1])
+    logits = torch.from_numpy(trainer.predict(test).predictions)
+    return paths, logits.softmax(dim=1)
+
+
+def test_a_published_model_is_used_without_smoot_hf(hub, tmp_path):
+    """Fault: another image processor than the evaluation's, code that needs the package, a card whose code is wrong.
+
+    Probabilities agree to 1e-5: rounding of float32, added up in another order.
+    """
+    torch.manual_seed(0)
+    repositories = {"grey-cnn": grey_cnn(), "vit": vit(), "timm": timm()}
+    expected, asked = {}, []
+    for name, parts in repositories.items():
+        images, expected[f"{USER}/{name}"] = published(name, parts, tmp_path)
+        # The architectures of transformers and timm need no code of anybody.
+        asked.append({"repo": f"{USER}/{name}", "trust_remote_code": name == "grey-cnn", "images": images})
+    (tmp_path / "elsewhere").mkdir()
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "PYTHONPATH")
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "without_us.py"), "answers.json"],
+        input="\n".join(map(json.dumps, asked)), cwd=tmp_path / "elsewhere", capture_output=True, text=True,
+        env={**environment, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads((tmp_path / "elsewhere" / "answers.json").read_text())
+    for repo, probabilities in expected.items():
+        assert probabilities.std(dim=0).min() > 1e-4, "all images alike show nothing"
+        for way in ("pipeline", "by_hand"):
+            torch.testing.assert_close(torch.tensor(answers[repo][way]), probabilities, rtol=0, atol=1e-5)
+        assert answers[repo]["drew"] > 1000
+    assert hub.unknown == []
+
+
+def test_the_repository_holds_what_belongs_together(hub, tmp_path):
+    """Fault: a push without code, processor, card or results, or with somebody's training state."""
+    published("grey-cnn", grey_cnn(), tmp_path)
+    files = set(hub.repository("models", f"{USER}/grey-cnn").files())
+    assert files >= {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json",
+                     "modeling_smoot_cnn.py", "grey_image_processor.py", "figures/curves.png", "figures/saliency.png",
+                     "figures/k_histogram.png"}  # fmt: skip
+    assert not [name for name in files if "budget" in name or "checkpoint" in name]
+    card = ModelCard(hub.content(hub.repository("models", f"{USER}/grey-cnn").files()["README.md"],
+                                 hub.repository("models", f"{USER}/grey-cnn")).decode())  # fmt: skip
+    assert f'pipeline("image-classification", "{USER}/grey-cnn", trust_remote_code=True)' in card.text
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_no_token_is_published(hub, trained, strategy):
+    """Fault: the Trainer's pickled arguments, on a public page, with the token that may write there."""
+    trainer = trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy=strategy, hub_token=TOKEN,
+                      save_strategy="steps", save_steps=6)  # fmt: skip
+    trainer.push_to_hub()
+    repository = hub.repository("models", f"{USER}/run")
+    files = {name: hub.content(entry, repository) for name, entry in repository.files().items()}
+    assert "training_args.bin" in files
+    assert [name for name, content in files.items() if TOKEN.encode() in content] == []
+
+
+class StopAt(TrainerCallback):
+    """A machine that goes away after a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_another_machine_goes_on_from_the_hub(hub, quick_trainer, tmp_path, strategy):
+    """Fault: K, or anything else that training goes on from, does not reach the Hub."""
+    settings = {"step_size": 500, "max_steps": 8, "save_steps": 100, "save_strategy": "steps"}
+    whole = quick_trainer("cnn", **settings)
+    whole.train()
+    pushed = {"push_to_hub": True, "hub_model_id": "run", "hub_strategy": strategy, "save_total_limit": 1}
+    first = quick_trainer("cnn", **settings, **pushed, output_dir=str(tmp_path / "first"),
+                          trainer_kwargs={"callbacks": [StopAt(4)]})  # fmt: skip
+    first.train()
+    assert first.failed_pushes == {}
+    place = "last-checkpoint" if strategy == "checkpoint" else "checkpoint-4"
+    copy = snapshot_download(f"{USER}/run", local_dir=tmp_path / "copy", endpoint=ENDPOINT)
+    assert (Path(copy) / place / "mask_budget.safetensors").is_file()
+    # The model at the root brings its code, though training is not over.
+    assert {"modeling_smoot_cnn.py", "model.safetensors", "config.json"} <= set(os.listdir(copy))
+    second = quick_trainer("cnn", **settings, output_dir=str(tmp_path / "second"))
+    second.train(resume_from_checkpoint=str(Path(copy) / place))
+    assert torch.equal(second.mask_budget.k, whole.mask_budget.k)
+    assert len(whole.mask_budget.k.unique()) > 1
+    for (name, one), two in zip(parameters(whole).items(), parameters(second).values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_other_strategies_push_no_training_state(hub, trained, strategy):
+    """Fault: the optimizer and K of a run in a repository that was to hold the model alone."""
+    trainer = trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy=strategy, hub_always_push=True,
+                      save_strategy="steps", save_steps=3)  # fmt: skip
+    repository = hub.repository("models", f"{USER}/run")
+    assert not [name for name in repository.files() if "checkpoint" in name or "budget" in name]
+    # How many commits the two pushes make depends on which files the first one still meets.
+    assert ("model.safetensors" in repository.files()) == (strategy == "every_save")
+    if strategy == "every_save":
+        weights = hub.content(repository.files()["model.safetensors"], repository)
+        assert weights == Path(trainer.args.output_dir, "checkpoint-6", "model.safetensors").read_bytes()
+    assert trainer.failed_pushes == {}
+
+
+def test_every_checkpoint_arrives_though_old_ones_are_deleted(hub, trained):
+    """Fault: a checkpoint deleted while it is uploaded, or skipped while the one before it is."""
+    trained("vit", push_to_hub=True, hub_model_id="run", hub_strategy="all_checkpoints", save_strategy="steps",
+            save_steps=1, save_total_limit=1)  # fmt: skip
+    folders = {name.split("/")[0] for name in hub.repository("models", f"{USER}/run").files() if "/" in name}
+    assert folders == {f"checkpoint-{step}" for step in range(1, 7)}
+
+
+def test_a_model_name_is_enough(hub, quick_trainer):
+    """`push_to_hub=False` and a push by hand, as in Trainer; catches a repository that nobody created."""
+    trainer = quick_trainer(build("vit"), trainer_kwargs={"eval_dataset": TinyImages(8)})
+    trainer.evaluate()
+    trainer.push_to_hub()
+    assert "model.safetensors" in hub.repository("models", f"{USER}/run").files()
+
+
+# --- the recipes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits(hub, monkeypatch, tmp_path):
+    """recipes/train_digits.py, one epoch, pushed."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*flags):
+        argv = ["--use_cpu", "--num_train_epochs", "1", "--max_train_samples", "200", "--max_eval_samples", "60",
+                "--disable_tqdm", "true", "--push_to_hub", "--hub_model_id", "run", "--output_dir", "out"]  # fmt: skip
+        return importlib.import_module("train").main(importlib.import_module("train_digits").DEFAULTS, [*argv, *flags])
+
+    return run
+
+
+def test_a_recipe_ends_with_its_push(hub, digits):
+    """Fault: a card without what was measured, because the push came before it."""
+    digits("--card_samples", "20", "--hub_strategy", "checkpoint")
+    repository = hub.repository("models", f"{USER}/run")
+    assert repository.messages()[0] == "End of training"
+    assert "End of training" not in repository.messages()[1:]
+    card = hub.content(repository.files()["README.md"], repository).decode()
+    assert "on 20 images of it" in card
+    assert "| `optimizer` | `Adadelta` |" in card
+    assert "last-checkpoint/mask_budget.safetensors" in repository.files()
