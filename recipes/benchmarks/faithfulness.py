@@ -2,10 +2,8 @@
 
     python recipes/benchmarks/faithfulness.py [--models cnn deit-tiny] [--images 1000] [--repeats 5] [--out FILE.json]
 
-Time: not measured for the defaults; `--images 256 --batch_size 64` takes a minute for the CNN on two CPU cores. The
-peers are optional:
-
-    pip install "torchcam==0.5.*" "quantus==0.6.*"
+Time: two minutes for the CNN with 3 repeats on two CPU cores; DeiT-tiny takes over a quarter of an hour (`--images 256`
+is a quarter of it). The peers are an extra: `pip install 'smoot-hf[peers]'`.
 
 Every line is measured on the same untrained network, images and given attributions, in turn within each repeat, so that
 a machine that slows down slows all of them; medians over the repeats. `forward` is S + 1 forward passes over the images
@@ -17,9 +15,10 @@ and nothing else. The peers do other work for their numbers, which is why each h
   both         our deletion and insertion curves: 2 S forward passes, the two end points shared.
   torchcam     DeletionInsertionMetric: the same, with probabilities and zero fill.
 
-Expected on a CPU (--images 256 --batch_size 64 --threads 1 --clock process, CNN): deletion / forward 0.67, since
-convolutions run in the channels-last layout; quantus / deletion 1.43; torchcam / both 1.34. A transformer has next to
-no convolutions: there all of them stand at their number of forward passes, of which Quantus does one less.
+Expected on two CPU cores (--models cnn --repeats 3): forward 4.44 s, deletion 3.00, both 5.16, quantus 4.28, torchcam
+7.56: deletion / forward 0.67, since convolutions run in the channels-last layout; quantus / deletion 1.43; torchcam / both
+1.47. A transformer has next to no convolutions: there all of them stand at their number of forward passes, of which Quantus
+does one less (0.9 to 1.1 with --models deit-tiny --images 256).
 
 On a machine that others use too, `--clock process --threads 1` counts the processor time of this process alone.
 """
