@@ -1,6 +1,5 @@
 """A Trainer whose pushes carry a card written from the run, and say what to do when they fail."""
 
-import glob
 import os
 import shlex
 import shutil
@@ -119,8 +118,10 @@ class HubTrainer(SavingTrainer):
         return pushed
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The Trainer deletes old checkpoints, and skips new ones, while the upload of one is under way.
-        if self._pushes_checkpoints() and self.args.save_total_limit:
+        # The Trainer deletes old checkpoints while they are uploaded, and with hub_always_push it writes over a model
+        # that is: the Hub refuses what changes on its way.
+        args = self.args
+        if args.push_to_hub and (args.hub_always_push or (args.save_total_limit and self._pushes_checkpoints())):
             self._finish_current_push()
         super()._save_checkpoint(model, trial)
 
@@ -128,8 +129,10 @@ class HubTrainer(SavingTrainer):
         if not self.is_world_process_zero():
             return
         # The Trainer takes weights and configuration along, but not the code that the configuration names.
-        for code in glob.glob(os.path.join(glob.escape(checkpoint_folder), "*.py")):
-            shutil.copy(code, self.args.output_dir)
+        for code in Path(checkpoint_folder).glob("*.py"):
+            there = Path(self.args.output_dir) / code.name
+            if not there.is_file() or there.read_bytes() != code.read_bytes():
+                shutil.copy(code, there)
         self._settle_pushes()
         earlier = self._push_jobs()
         super()._push_from_checkpoint(checkpoint_folder)
@@ -155,10 +158,7 @@ class HubTrainer(SavingTrainer):
             self._note_end(folder, place, job)
 
     def _pushes_checkpoints(self) -> bool:
-        return self.args.push_to_hub and self.args.hub_strategy in (
-            HubStrategy.CHECKPOINT,
-            HubStrategy.ALL_CHECKPOINTS,
-        )
+        return self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
     def _note_end(self, folder: str, place: str, job: Future) -> None:
         error = None if job.cancelled() else job.exception()

@@ -205,11 +205,9 @@ def test_other_strategies_push_no_training_state(hub, trained, strategy):
                       save_strategy="steps", save_steps=3)  # fmt: skip
     repository = hub.repository("models", f"{USER}/run")
     assert not [name for name in repository.files() if "checkpoint" in name or "budget" in name]
-    # How many commits the two pushes make depends on which files the first one still meets.
-    assert ("model.safetensors" in repository.files()) == (strategy == "every_save")
-    if strategy == "every_save":
-        weights = hub.content(repository.files()["model.safetensors"], repository)
-        assert weights == Path(trainer.args.output_dir, "checkpoint-6", "model.safetensors").read_bytes()
+    # The one of step 3 is not overtaken by what step 6 writes.
+    pushed = [f"Training in progress, step {step}" for step in (6, 3)] if strategy == "every_save" else []
+    assert repository.messages() == [*pushed, "initial commit"]
     assert trainer.failed_pushes == {}
 
 
