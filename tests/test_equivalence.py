@@ -110,8 +110,8 @@ def test_the_eval_pass_is_the_shared_pass_without_dropout_and_batchnorm(name, tr
 @pytest.mark.parametrize(("name", "share"), [("vit", 1.0), ("resnet", 1.0), ("cnn", 0.99)])
 def test_bf16_ranks_as_fp32_where_gradients_are_not_tied(name, share, quick_trainer, recorder, monkeypatch):
     """Catches a saliency that is taken or sorted in eight bits: pixels that are clearly apart would swap places."""
-    saliencies, input_saliency = [], SF.input_saliency
-    monkeypatch.setattr(SF, "input_saliency", lambda *a: (saliencies.append(input_saliency(*a)), saliencies[-1])[1])
+    saliencies, channel_mean = [], SF.channel_mean
+    monkeypatch.setattr(SF, "channel_mean", lambda *a: (saliencies.append(channel_mean(*a)), saliencies[-1])[1])
     for bf16 in (False, True):
         quick_trainer(without_dropout_and_batch_statistics(name), max_steps=1, bf16=bf16).train()
     full, half = (saliency.flatten(1) for saliency in saliencies)

@@ -26,35 +26,10 @@ def least_salient_mask(saliency: Tensor, k: Tensor) -> Tensor:
         bool (B, 1, H, W), `True` = the pixel is replaced, in all channels.
     """
     batch, height, width = saliency.shape
-    order = rising_order(saliency)
+    order = saliency.reshape(batch, -1).argsort(dim=1, stable=True)
     in_budget = torch.arange(height * width, device=saliency.device) < k[:, None]
     is_masked = torch.empty_like(in_budget).scatter_(1, order, in_budget)
     return is_masked.reshape(batch, 1, height, width)
-
-
-def rising_order(values: Tensor) -> Tensor:
-    """Positions of each image by rising value, ties by position, NaN last: `argsort(stable=True)`, in half the time.
-
-    All images are sorted at once by an integer key, (image, value as an integer), for which torch has a radix sort
-    (recipes/benchmarks/ranking.py). Keys of float64 have no room for the image.
-
-    Args:
-        values: (B, H, W) floating point.
-
-    Returns:
-        int64 (B, H*W), each row a permutation of 0 .. H*W - 1.
-    """
-    flat = values.flatten(1)
-    if flat.dtype == torch.float64:
-        return flat.argsort(dim=1, stable=True)
-    bits = 8 * flat.element_size()
-    sign = 1 << (bits - 1)
-    # The bits of a float rise with its magnitude; those of a negative one are turned round. 0.0 and -0.0 are one value.
-    raw = torch.where(flat == 0, 0.0, flat).view(torch.int32 if bits == 32 else torch.int16)
-    key = (raw ^ ((raw >> (bits - 1)) & (sign - 1))).masked_fill_(flat.isnan(), sign - 1)
-    image = torch.arange(len(flat), device=flat.device)[:, None]
-    order = (key + ((image << bits) + sign)).flatten().sort(stable=True).indices
-    return order.reshape(flat.shape) - image * flat.shape[1]
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masking import mean_fill, rising_order, uniform_fill
+from .masking import mean_fill, uniform_fill
 
 Order = Literal["most_salient_first", "least_salient_first"]
 Fill = Literal["corner", "mean", "zero", "uniform", "blur"]
@@ -84,8 +84,9 @@ def removal_ranks(attribution: Tensor, order: Order = "most_salient_first") -> T
         ValueError: an unknown order.
     """
     check_choice("order", order, Order)
-    # NaN comes behind every number, so both orders sort upwards.
-    turns = rising_order(-attribution if order == "most_salient_first" else attribution)
+    # torch sorts NaN behind every number, so both orders sort upwards.
+    key = -attribution if order == "most_salient_first" else attribution
+    turns = key.flatten(1).argsort(dim=1, stable=True)
     position = torch.arange(turns.shape[1], device=turns.device).expand_as(turns)
     return torch.empty_like(turns).scatter_(1, turns, position).reshape(attribution.shape)
 
