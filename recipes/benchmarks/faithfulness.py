@@ -16,9 +16,9 @@ and nothing else. The peers do other work for their numbers, which is why each h
   torchcam     DeletionInsertionMetric: the same, with probabilities and zero fill.
 
 Expected on two CPU cores (--models cnn --repeats 3): forward 4.44 s, deletion 3.00, both 5.16, quantus 4.28, torchcam
-7.56: deletion / forward 0.67, since convolutions run in the channels-last layout; quantus / deletion 1.43; torchcam / both
-1.47. A transformer has next to no convolutions: there all of them stand at their number of forward passes, of which Quantus
-does one less (0.9 to 1.1 with --models deit-tiny --images 256).
+7.56: deletion / forward 0.67, since convolutions run in the channels-last layout; quantus / deletion 1.43; torchcam /
+both 1.47. A transformer has next to no convolutions: there all of them stand at their number of forward passes, of
+which Quantus does one less (0.9 to 1.1 with --models deit-tiny --images 256).
 
 On a machine that others use too, `--clock process --threads 1` counts the processor time of this process alone.
 """
