@@ -6,6 +6,8 @@ from .convention import Convention
 from .evaluation import Faithfulness, evaluate_faithfulness
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
+from .masked_step import masked_step
+from .mixin import SmootMixin
 from .models import PaperCnnConfig, PaperCnnForImageClassification
 from .trainer import SmootTrainer
 from .training_args import SmootTrainingArguments
@@ -19,9 +21,11 @@ __all__ = [
     "MaskBudget",
     "PaperCnnConfig",
     "PaperCnnForImageClassification",
+    "SmootMixin",
     "SmootTrainer",
     "SmootTrainingArguments",
     "compare_faithfulness",
     "evaluate_faithfulness",
     "functional",
+    "masked_step",
 ]

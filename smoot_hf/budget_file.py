@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+MASK_BUDGET_NAME = "mask_budget.safetensors"
 _FORMAT = "smoot_hf.mask_budget/1"
 
 

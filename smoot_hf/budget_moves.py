@@ -9,6 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .training_args import SmootTrainingArguments
+
+_NOTHING_MASKED = (
+    "method={method!r}, but no image of this step was masked: a compute_loss of your own has taken the place of "
+    "SmootMixin's. Call super().compute_loss in it, or pass the loss of the logits as compute_loss_func"
+)
+
 
 class BudgetMoves(TrainerCallback):
     """Holds back the deltas of a step until its fate is known, then moves K by them, or not at all.
@@ -39,10 +46,16 @@ class BudgetMoves(TrainerCallback):
         """Keep the loss scale that the step is about to be taken with."""
         self._scale = self._loss_scale()
 
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Move K by everything that the step was made of."""
-        if not self._waiting:
+    def on_optimizer_step(self, args: SmootTrainingArguments, *_: Any, **__: Any) -> None:
+        """Move K by everything that the step was made of.
+
+        Raises:
+            RuntimeError: nothing was masked, though `args.method` says so.
+        """
+        if args.method == "standard":
             return
+        if not self._waiting:
+            raise RuntimeError(_NOTHING_MASKED.format(method=args.method))
         batches, self._waiting = self._waiting, []
         if self.accelerator.num_processes > 1:
             batches = [self.accelerator.gather(batch) for batch in batches]

@@ -215,7 +215,7 @@ class StepRecorder:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        monkeypatch.setattr("smoot_hf.trainer.masked_step", self)
+        monkeypatch.setattr("smoot_hf.mixin.masked_step", self)
 
     def __call__(self, model, images, labels, sample_idx, k, epoch, args, **others):
         step = masked_step(model, images, labels, sample_idx, k, epoch, args, **others)
