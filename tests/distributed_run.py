@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
-from smoot_hf import trainer as trainer_module
+from smoot_hf import mixin
 from smoot_hf.masked_step import masked_step
 
 GLOBAL_BATCH = 8
