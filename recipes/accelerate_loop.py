@@ -25,10 +25,10 @@ from smoot_hf import (
     PaperCnnConfig,
     PaperCnnForImageClassification,
     SmootTrainingArguments,
-    masked_step,
 )
 from smoot_hf.budget_file import MASK_BUDGET_NAME
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.masked_step import masked_step
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/digits-cnn-loop",

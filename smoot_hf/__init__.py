@@ -6,7 +6,6 @@ from .convention import Convention
 from .evaluation import Faithfulness, evaluate_faithfulness
 from .input_pipeline import InputPipeline
 from .mask_budget import MaskBudget
-from .masked_step import masked_step
 from .mixin import SmootMixin
 from .models import PaperCnnConfig, PaperCnnForImageClassification
 from .trainer import SmootTrainer
@@ -27,5 +26,4 @@ __all__ = [
     "compare_faithfulness",
     "evaluate_faithfulness",
     "functional",
-    "masked_step",
 ]

@@ -9,8 +9,7 @@ from conftest import QUICK, PixelImages, TinyImages, build, freeze_batch_statist
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
-from smoot_hf import mixin
+from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments, mixin
 from smoot_hf.masked_step import masked_step
 
 GLOBAL_BATCH = 8
@@ -89,7 +88,7 @@ def train(name, folder, world_size, resume=False):
         more["input_pipeline"] = InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)
     share = GLOBAL_BATCH // world_size // settings.get("gradient_accumulation_steps", 1)
     common = QUICK | {"output_dir": str(folder), "per_device_train_batch_size": share, "optim": "sgd"}
-    observed = Observed(trainer_module)
+    observed = Observed(mixin)
     if settings.get("method") == "plain":
         trainer = Trainer(model, TrainingArguments(**common), train_dataset=data)
     else:
