@@ -122,7 +122,8 @@ def resolve_convention(
     elif attribution is not None:
         convention = dataclasses.replace(convention, attribution=attribution)
     if steps is not None:
-        convention = dataclasses.replace(convention, fractions=even_fractions(steps, convention.end_points[1]))
+        first, last = convention.end_points
+        convention = dataclasses.replace(convention, fractions=even_fractions(steps, last, first))
     if fill is not None:
         convention = dataclasses.replace(convention, fill=fill)
     return convention

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .attributions import LogitsModel, attribute
+from .attributions import LogitsModel, attribute, needs_gradient
 from .convention import Convention
 from .functional import class_score, counter_uniform, input_saliency
 from .functional.removal import removal_fill
 from .model_state import model_device, model_dtype
+
+logger = logging.get_logger(__name__)
 
 # (model, images (B, C, H, W), target (B,)) -> (B, H, W): an attribution of the caller's own.
 AttributionFunction = Callable[[LogitsModel, Tensor, Tensor], Tensor]
@@ -122,6 +124,23 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def without_nan(is_nan: Tensor, convention: Convention) -> Tensor:
+    """Which images count, bool (n,) on the CPU: those whose attribution has no NaN; says how many have one.
+
+    Raises:
+        ValueError: none is left.
+    """
+    keep = ~is_nan.cpu()
+    left_out = len(keep) - int(keep.sum())
+    if left_out == len(keep):
+        raise ValueError(f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images")
+    if left_out:
+        logger.warning(
+            f"attribution {convention.attribution!r} holds NaN in {left_out} of {len(keep)} images: left out"
+        )
+    return keep
+
+
 def rank_batch(
     model: LogitsModel,
     batch: DataBatch,
@@ -133,7 +152,7 @@ def rank_batch(
     """Clean outputs, the class that is followed, the attribution and the fill of a batch.
 
     Raises:
-        ValueError: a label that is no class of the model.
+        ValueError: a label that is no class of the model, or an attribution that is no tensor or has no gradient.
     """
     by_gradient = attribution is None and convention.attribution == "gradient"
     score, signed = convention.score or "logit", bool(convention.signed)
@@ -147,7 +166,8 @@ def rank_batch(
     target = batch.labels if convention.target == "label" else outputs.argmax(dim=1)
     if by_gradient:
         # The forward pass that gave the outputs gives their gradient as well.
-        values = input_saliency(class_score(outputs, target, score), images, signed)
+        with needs_gradient(model, "gradient"):
+            values = input_saliency(class_score(outputs, target, score), images, signed)
         outputs = outputs.detach()
     elif attribution is None:
         values = attribute(
@@ -162,7 +182,10 @@ def rank_batch(
             batch_size=batch_size,
         )
     else:
-        values = attribution(model, batch.images, target).detach()
+        values = attribution(model, batch.images, target)
+        if not isinstance(values, Tensor):
+            raise ValueError(f"attribution must return a tensor (B, H, W), got a {type(values).__name__}")
+        values = values.detach()
     noise = None
     if convention.fill == "uniform":
         noise = counter_uniform(seed, _FILL_STREAM, batch.sample_idx, tuple(batch.images.shape[1:]))
