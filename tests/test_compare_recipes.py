@@ -255,7 +255,14 @@ def test_one_checkpoint_is_evaluated(here, recipe, capsys):
         assert Path(f"one/{name}.png").read_bytes().startswith(PNG)
     printed = capsys.readouterr().out
     assert "AUC, random order" in printed
-    assert "Class II" in printed
+    assert "Class II, random order" in printed
+    random_row = ignores_the_weights.metrics
+    assert random_row["class_two"].values == random_row["class_two_random"].values
+    assert checks.metrics["class_two_random"].values == random_row["class_two_random"].values
+    assert checks.metrics["raised"].mean >= checks.metrics["class_two"].mean
+    auc = rows["gradient", "mean"].metrics["deletion_auc"].mean
+    low, high = rows["gradient", "mean"].details["by_seed"]["0"]["deletion"]["interval"]
+    assert f"| {auc:.2f} [{low:.2f}, {high:.2f}] |" in printed
 
 
 def test_bf16_reaches_every_measurement(here, recipe, monkeypatch):
