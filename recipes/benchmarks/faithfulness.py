@@ -7,7 +7,9 @@ is a quarter of it). The peers are an extra: `pip install 'smoot-hf[peers]'`.
 
 Every line is measured on the same untrained network, images and given attributions, in turn within each repeat, so that
 a machine that slows down slows all of them; medians over the repeats. `forward` is S + 1 forward passes over the images
-and nothing else. The peers do other work for their numbers, which is why each has its own line of ours beside it:
+and nothing else; `floor` the same with the weights of convolutions lent in the channels-last layout, as an evaluation
+does on a CPU: `deletion / floor` is 1 plus the overhead. The peers do other work for their numbers, which is why each has
+its own line of ours beside it:
 
   deletion     our deletion curve: S + 1 forward passes.
   quantus      PixelFlipping: S forward passes (the unmasked image is left out), zero fill. It flips single channel
@@ -44,6 +46,7 @@ from smoot_hf.attributions import LogitsModel
 from smoot_hf.convention import Convention
 from smoot_hf.evaluation import evaluate_faithfulness
 from smoot_hf.functional.removal import even_fractions
+from smoot_hf.model_state import untouched
 from smoot_hf.models import load_model
 
 # Steps that Quantus can take: it wants H * W to be a multiple of the values flipped in a step, and flips C * H * W.
@@ -103,8 +106,8 @@ def jobs(name: str, count: int, batch_size: int, device: torch.device) -> dict[s
     data = InMemory(images, targets)
     convention = Convention(measure="probability", fill="zero", fractions=even_fractions(steps))
 
-    def forward() -> None:
-        with torch.no_grad():
+    def forward(state: contextlib.AbstractContextManager[None]) -> None:
+        with state, torch.no_grad():
             for _ in range(steps + 1):
                 for block in images.split(batch_size):
                     model(block)
@@ -116,7 +119,8 @@ def jobs(name: str, count: int, batch_size: int, device: torch.device) -> dict[s
         evaluate_faithfulness(model, data, attribution, convention=convention, curves=curves, batch_size=batch_size)
 
     timed: dict[str, Callable[[], object]] = {
-        "forward": forward,
+        "forward": lambda: forward(contextlib.nullcontext()),
+        "floor": lambda: forward(untouched(model)),
         "deletion": lambda: evaluate(()),
         "both": lambda: evaluate(("insertion",)),
     }
@@ -133,10 +137,12 @@ def quantus_job(
     """Quantus' PixelFlipping with as many steps as ours."""
     import quantus
 
+    # Declared as text, taken as a number as well.
+    zero: Any = 0.0
     metric = quantus.PixelFlipping(
         features_in_step=images[0].numel() // steps,
         normalise=False,
-        perturb_baseline=0.0,
+        perturb_baseline=zero,
         disable_warnings=True,
     )
     arrays = (values.cpu().numpy() for values in (images, targets, maps[:, None].expand_as(images)))
@@ -180,7 +186,7 @@ def measure(
 
 def report(name: str, seconds: dict[str, float]) -> dict[str, float]:
     """Print a model's times and ratios; give the ratios back."""
-    ratios = {"deletion / forward": seconds["deletion"] / seconds["forward"]}
+    ratios = {f"deletion / {line}": seconds["deletion"] / seconds[line] for line in ("floor", "forward")}
     for peer, ours in (("quantus", "deletion"), ("torchcam", "both")):
         ratios[f"{peer} / {ours}"] = seconds[peer] / seconds[ours] if peer in seconds else math.nan
     print(f"{name}, {MODELS[name]['steps']} steps")
