@@ -162,7 +162,7 @@ def find_image_classes(
     if convention.fractions[0] != 0:
         raise ValueError(f"fractions must start at 0, the unmasked image, got {convention.fractions}")
     scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
-    probability, is_correct, floor, sample_idx, is_nan = [], [], [], [], []
+    probability, is_correct, floor, sample_idx, is_nan, is_flat = [], [], [], [], [], []
     with untouched(model), autocast(model_device(model), autocast_dtype):
         for batch in data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size):
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
@@ -177,8 +177,9 @@ def find_image_classes(
             without = measure_outputs(nothing[:, None], ranked.target, "probability")[:, 0]
             floor.append(without.clamp_min(1 / nothing.shape[1]))
             sample_idx.append(batch.sample_idx)
-            is_nan.append(ranked.attribution.isnan().flatten(1).any(dim=1))
-    keep = without_nan(torch.cat(is_nan), convention)
+            is_nan.append(ranked.is_nan)
+            is_flat.append(ranked.is_flat)
+    keep = without_nan(torch.cat(is_nan), torch.cat(is_flat), convention)
     return ImageClasses(
         fractions=torch.tensor(counts, dtype=torch.float64) / positions,
         probability=torch.cat(probability).cpu()[keep],

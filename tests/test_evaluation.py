@@ -391,6 +391,13 @@ class Detached(nn.Module):
         return images.detach().flatten(1)[:, :CLASSES]
 
 
+class Rounding(nn.Module):
+    """Its gradient is zero everywhere."""
+
+    def forward(self, images):
+        return images.round().flatten(1)[:, :CLASSES]
+
+
 class Blind(nn.Module):
     """Its logits have a gradient, but not with respect to the images."""
 
@@ -410,10 +417,12 @@ class Blind(nn.Module):
         ({"fill": "black"}, "fill must be one of"),
         ({"attribution": "saliency"}, "method must be one of"),
         ({"attribution": lambda m, i, t: i}, r"attribution must have shape \(10, 6, 6\)"),
+        ({"attribution": lambda m, i, t: i.flatten(1).sum(1)}, r"attribution must have shape \(10, 6, 6\)"),
         ({"attribution": lambda m, i, t: i[:, 0].numpy()}, "attribution must return a tensor .* got a ndarray"),
         ({"model": Detached()}, "gradient cannot explain Detached: its logits have no gradient"),
         ({"model": Detached(), "attribution": "smooth_grad"}, "smooth_grad cannot explain Detached"),
         ({"model": Blind()}, "gradient cannot explain Blind: its logits have no gradient"),
+        ({"model": Rounding()}, "attribution 'gradient' has one value at all positions in every one of the images"),
         ({"convention": "RISE"}, "convention must be 'default', 'paper'"),
         ({"curves": ("deletion",)}, "curves must be among"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

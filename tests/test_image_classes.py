@@ -121,6 +121,8 @@ def test_nan_and_bad_arguments():
     assert found.sample_idx.tolist() == [0, 2]
     with pytest.raises(ValueError, match="NaN in every one"):
         find_image_classes(PixelSum(), DATA, lambda model, images, target: images[:, 0] * math.nan)
+    with pytest.raises(ValueError, match=r"attribution must have shape \(3, 2, 2\)"):
+        find_image_classes(PixelSum(), DATA, lambda model, images, target: images)
     with pytest.raises(ValueError, match="margin must lie in"):
         find_image_classes(PixelSum(), DATA, margin=1.0)
     with pytest.raises(ValueError, match="dataset must hold"):

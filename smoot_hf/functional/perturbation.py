@@ -100,15 +100,20 @@ def measure_outputs(outputs: Tensor, target: Tensor, measure: Measure) -> Tensor
     return outputs.gather(-1, target[:, None, None].expand(-1, outputs.shape[1], 1)).squeeze(-1)
 
 
-def _check_inputs(images: Tensor, attribution: Tensor, target: Tensor) -> None:
+def check_attribution(images: Tensor, attribution: Tensor) -> None:
+    """Raise a ValueError unless there is one value per position of every image: (B, H, W) for (B, C, H, W)."""
     expected = (images.shape[0], *images.shape[2:])
     if tuple(attribution.shape) != expected:
         raise ValueError(
             f"attribution must have shape {expected}, one value per position of the images {tuple(images.shape)}, "
             f"got {tuple(attribution.shape)}"
         )
-    if tuple(target.shape) != expected[:1]:
-        raise ValueError(f"target must have shape {expected[:1]}, got {tuple(target.shape)}")
+
+
+def _check_inputs(images: Tensor, attribution: Tensor, target: Tensor) -> None:
+    check_attribution(images, attribution)
+    if tuple(target.shape) != (len(images),):
+        raise ValueError(f"target must have shape {(len(images),)}, got {tuple(target.shape)}")
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got 0")
 
