@@ -255,10 +255,11 @@ def draw(
 def examples(found: ImageClasses, test: DecodedImages) -> dict[str, Example]:
     """The surest right image of class I, and the one of class II that gains most, preferably one made right."""
     sure = found.probability[:, 0].masked_fill(found.is_class_two | ~found.is_correct[:, 0], -1.0)
-    becomes_right = found.is_correct.any(dim=1) & found.is_class_two
-    gain = found.gain.masked_fill(~becomes_right, -1.0) if bool(becomes_right.any()) else found.gain
+    two = found.is_class_two
+    becomes_right = (found.is_correct & found.is_helped).any(dim=1)
+    gain = found.gain.masked_fill(~(becomes_right if bool(becomes_right.any()) else two), -1.0)
     chosen = {"Class I": int(sure.argmax()), "Class II": int(gain.argmax())}
-    is_there = {"Class I": float(sure.max()) >= 0, "Class II": bool(found.is_class_two.any())}
+    is_there = {"Class I": float(sure.max()) >= 0, "Class II": bool(two.any())}
     shown = {}
     for name, row in chosen.items():
         if is_there[name]:

@@ -91,7 +91,9 @@ def draw_curves(panels: Mapping[Convention, Measured], path: Path) -> None:
         axes.tick_params(labelleft=True)
         n = min(len(found) for found in measured.values())
         spread = "[95 % interval over the images]" if n == 1 else "± std over the seeds"
-        axes.legend(title=f"area under the curve {spread}, n={n}\n(dashed: random order, the control)", **_BELOW)
+        title = f"area under the curve {spread}, n={n}\n(dashed: random order, the control)"
+        # An interval takes the width of two columns.
+        axes.legend(title=title, **{**_BELOW, "ncols": 1 if n == 1 else 2})
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
     _save(figure, path)

@@ -461,6 +461,9 @@ def test_convention_is_resolved_once():
     assert resolved == dataclasses.replace(PAPER, fractions=even_fractions(3, 0.9), fill="blur")
     late = resolve_convention(Convention(fractions=(0.1, 0.5, 0.7)), steps=3)
     assert late.fractions == (0.1, 0.3, 0.5, 0.7)
+    by_chance = resolve_convention("default", "random")
+    assert (by_chance.score, by_chance.signed) == (None, None)
+    assert "most salient first by random, corner fill" in by_chance.describe()
 
 
 # --- bootstrap and comparison ----------------------------------------------------------------------------------------
