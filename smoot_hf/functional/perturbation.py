@@ -14,6 +14,10 @@ from .removal import Order, check_choice, removal_ranks, removed_counts
 
 Measure = Literal["accuracy", "probability", "output"]
 
+# The activations of more images than this leave the caches of a CPU: on one core, 256 images by 64 took the paper's CNN
+# two thirds, and DeiT-tiny on 32x32 three quarters, of their time as a single batch.
+_CPU_CHUNK = 64
+
 # images (M, C, H, W) -> outputs (M, classes): logits wherever a probability is measured.
 Score = Callable[[Tensor], Tensor]
 
@@ -29,7 +33,8 @@ def perturbed_outputs(
 ) -> Tensor:
     """Outputs of the classifier for every sample and every number of removed positions.
 
-    Samples and steps share one batch dimension, cut into forward passes of at most `chunk_size` images.
+    Samples and steps share one batch dimension, cut into forward passes of at most `chunk_size` images, and of at
+    most 64 on a CPU, whose caches hold no more.
 
     Args:
         score: (M, C, H, W) -> (M, classes); called under `torch.no_grad`.
@@ -62,6 +67,8 @@ def _run(score: Score, images: Tensor, fill: Tensor, ranks: Tensor, counts: list
     ranks = ranks.unsqueeze(1)
     removed = torch.tensor(counts, device=images.device)
     jobs = torch.arange(len(images) * len(counts), device=images.device)
+    if images.device.type == "cpu":
+        chunk_size = min(chunk_size, _CPU_CHUNK)
     outputs = []
     with torch.no_grad():
         for job in jobs.split(chunk_size):
