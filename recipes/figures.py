@@ -26,6 +26,11 @@ from smoot_hf.results import Measurement
 # Okabe and Ito's colours, told apart by every kind of colour vision; the markers say it once more.
 STYLE = {"standard": ("#0072B2", "o"), "sgt": ("#E69F00", "s"), "smoot": ("#009E73", "^")}
 _MORE_STYLES = (("#CC79A7", "D"), ("#56B4E9", "v"), ("#D55E00", "P"), ("#000000", "X"), ("#F0E442", "*"))
+# What a panel of a single line shows beside deletion and its control: curve -> label, colour, line style.
+_FURTHER = {
+    "least_salient_first": ("least salient first", "#56B4E9", ":"),
+    "insertion": ("insertion", "#000000", "-."),
+}
 WIDTH, DPI = 9.0, 150
 # A legend under its panel, where it hides nothing.
 _BELOW: dict[str, Any] = {
@@ -63,44 +68,57 @@ def short(convention: Convention) -> str:
 def draw_curves(panels: Mapping[Convention, Measured], path: Path) -> None:
     """Deletion curves, one panel per convention: mean over the seeds with a band of one standard deviation.
 
-    Dashed lines are the control: the same models, the positions removed in random order.
+    Dashed lines are the control: the same models, the positions removed in random order. A single line leaves room for
+    the other two curves, least salient first and insertion, where they were measured.
     """
     rows = (len(panels) + 1) // 2
     figure, grid = plt.subplots(rows, 2, figsize=(WIDTH, 4.8 * rows), sharey=True, squeeze=False)
     for axes, (convention, measured) in zip(grid.flat, panels.items(), strict=False):
         styles = style(list(measured))
         for name, found in measured.items():
-            _band(axes, found, [run.deletion for run in found.values()], name, *styles[name])
+            colour, marker = styles[name]
+            _band(axes, found, "deletion", name, color=colour, marker=marker, markersize=4)
         for name, found in measured.items():
-            controls = [run.random for run in found.values() if run.random is not None]
-            if controls:
-                _band(axes, found, controls, f"{name}, random", styles[name][0], None)
+            _band(axes, found, "random", f"{name}, random", color=styles[name][0], linestyle="--", linewidth=1)
+        is_single = len(measured) == 1
+        for curve, (label, colour, line) in _FURTHER.items() if is_single else ():
+            _band(axes, next(iter(measured.values())), curve, label, color=colour, linestyle=line, linewidth=1.5)
         axes.set_title(short(convention), fontsize=9)
-        axes.set_xlabel("positions removed, most salient first (%)")
+        axes.set_xlabel("positions removed" + (" or put back" if is_single else "") + ", most salient first (%)")
         axes.set_ylabel("images still correct (%)" if convention.measure == "accuracy" else "probability (%)")
         axes.set(xlim=(0, 100), ylim=(0, 102))
         axes.grid(alpha=0.25)
         axes.tick_params(labelleft=True)
         n = min(len(found) for found in measured.values())
-        axes.legend(title=f"area under the curve, n={n} (dashed: random order, the control)", **_BELOW)
+        spread = "[95 % interval over the images]" if n == 1 else "± std over the seeds"
+        title = f"area under the curve {spread}, n={n}\n(dashed: random order, the control)"
+        # An interval takes the width of two columns.
+        axes.legend(title=title, **{**_BELOW, "ncols": 1 if n == 1 else 2})
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
     _save(figure, path)
 
 
-def _band(
-    axes: Axes, found: Mapping[int, Faithfulness], curves: Sequence[Curve], name: str, colour: str, marker: str | None
-) -> None:
+def _band(axes: Axes, found: Mapping[int, Faithfulness], curve: str, name: str, **line: Any) -> None:
+    """One curve of all seeds, by the name of its field; nothing where it was not measured."""
+    curves: list[Curve] = [getattr(run, curve) for run in found.values() if getattr(run, curve) is not None]
+    if not curves:
+        return
     x = 100 * next(iter(found.values())).fractions
-    values = torch.stack([curve.values for curve in curves])
+    values = torch.stack([one.values for one in curves])
     mean = values.mean(dim=0)
-    auc = Measurement(dict(enumerate(curve.auc for curve in curves)))
-    line: dict[str, Any] = {"marker": marker, "markersize": 4} if marker else {"linestyle": "--", "linewidth": 1}
-    area = f"{auc.mean:.1f}" if auc.std is None else f"{auc.mean:.1f} ± {auc.std:.1f}"
-    axes.plot(x, mean, color=colour, label=f"{name}: {area}", **line)
+    axes.plot(x, mean, label=f"{name}: {_area(curves)}", **line)
     if len(curves) > 1:
         spread = values.std(dim=0)
-        axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(x, mean - spread, mean + spread, color=line["color"], alpha=0.2, linewidth=0)
+
+
+def _area(curves: Sequence[Curve]) -> str:
+    auc = Measurement(dict(enumerate(curve.auc for curve in curves)))
+    if auc.std is not None:
+        return f"{auc.mean:.1f} ± {auc.std:.1f}"
+    interval = curves[0].interval
+    return f"{auc.mean:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
 def draw_saliency_grid(
@@ -185,6 +203,8 @@ def draw_image_classes(found: ImageClasses, examples: Mapping[str, Example], pat
             (~is_correct, "white", "not so"),
         ):
             axes.scatter(x[mask], 100 * y[mask], edgecolors="#0072B2", c=filled, s=36, zorder=3, label=label)
+        floor = 100 * float(found.floor[example.row])
+        axes.axhline(floor, color="#D55E00", linestyle=":", linewidth=1.2, label="without evidence")
         axes.set_title(f"{name}: test image {int(found.sample_idx[example.row])}, label {example.label}", fontsize=10)
         axes.set_xlabel("positions masked, most salient first (%)")
         axes.set_ylabel("probability of the label (%)")

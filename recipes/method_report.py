@@ -13,7 +13,7 @@ from report import html_table, paragraphs, write_report
 from verdict import Verdict
 
 from smoot_hf import Convention
-from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row
+from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row, nan_notes
 
 COLUMNS = {
     "accuracy": "Accuracy (%)",
@@ -92,7 +92,8 @@ def _training_row(method: str, by_seed: Mapping[int, Run], histories: Mapping[Pa
 def comparison_table(results: Results) -> str:
     """The Markdown table, and below it the differences between methods in words."""
     table = replace(results, rows=_measured_rows(results)).markdown_table(COLUMNS)
-    lines = [f"- {row.convention['fill']} fill, {_preset(row)}: {sentence}" for row, sentence in _sentences(results)
+    lines = [f"- {note}" for note in nan_notes(results.rows)]
+    lines += [f"- {row.convention['fill']} fill, {_preset(row)}: {sentence}" for row, sentence in _sentences(results)
              if row.convention is not None]  # fmt: skip
     return table + "\n" + "\n".join(lines) + "\n"
 
@@ -186,7 +187,7 @@ def write_method_report(
         introduction=introduction,
         verdict=conclusion(verdicts),
         evidence=differences + paragraphs([note]),
-        table=_main_table(_measured_rows(results)) + paragraphs([paper]),
+        table=_main_table(_measured_rows(results)) + paragraphs([*nan_notes(results.rows), paper]),
         figures=[(*_CAPTIONS[name], picture) for name, picture in pictures.items()],
         results=results,
     )

@@ -31,6 +31,9 @@ NOISE_LEVEL = 0.15
 # Share of f(x) - f(baseline) that DeepLIFT's attributions may miss; rounding in float32 misses less than 0.001.
 COMPLETENESS_TOLERANCE = 0.01
 
+# What autograd says where the outputs do not hang on the images.
+_NO_GRADIENT = ("does not require grad", "not have been used in the graph")
+
 _COPIES = {
     "integrated_gradients": INTEGRATION_POINTS,
     "smooth_grad": SMOOTH_GRAD_COPIES,
@@ -134,7 +137,8 @@ def attribute(
         (B, H, W), detached, in float32 or wider.
 
     Raises:
-        ValueError: an unknown method or score, or an architecture that DeepLIFT cannot explain.
+        ValueError: an unknown method or score, an architecture that DeepLIFT cannot explain, or logits that have no
+            gradient with respect to the images.
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
@@ -144,7 +148,7 @@ def attribute(
         return counter_uniform(seed, 0, sample_idx, tuple(images.shape[2:]))
     block_size = max(1, batch_size // _COPIES.get(method, 1))
     blocks = zip(images.detach().split(block_size), target.split(block_size), strict=True)
-    with torch.enable_grad():
+    with torch.enable_grad(), needs_gradient(model, method):
         if method == "gradient":
             return torch.cat([_gradient(model, block, classes, score, signed) for block, classes in blocks])
         with _seeded(images.device, seed, int(sample_idx[0])):
@@ -157,6 +161,20 @@ def attribute(
 def _gradient(model: LogitsModel, images: Tensor, target: Tensor, score: str, signed: bool) -> Tensor:
     leaf = images.clone().requires_grad_(True)
     return input_saliency(class_score(model(leaf), target, score), leaf, signed)
+
+
+@contextlib.contextmanager
+def needs_gradient(model: LogitsModel, method: str) -> Iterator[None]:
+    """Turn autograd's errors about a missing gradient into one that names the method and the model."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _NO_GRADIENT):
+            raise
+        raise ValueError(
+            f"{method} cannot explain {type(model.model).__name__}: its logits have no gradient with respect to the "
+            "pixels (does its forward detach them or leave them out?); 'random' or a function of your own works without"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ class Convention:
 
     Attributes:
         attribution: the method that ranks the positions, by name.
-        score: whose gradient it is, the `"logit"` or `"log_prob"` of the class; `None` where a function of the
-            caller's, which decides for itself, ranks the positions.
+        score: whose gradient it is, the `"logit"` or `"log_prob"` of the class; `None` where the order is random, or a
+            function of the caller's, which decides for itself, ranks the positions.
         signed: ranked by the signed value or (`False`) by the magnitude, see `attributions.attribute`; `None` as above.
         target: the class that is explained and followed: the true `"label"`, or the one `"predicted"` on the whole
             image.
@@ -105,7 +105,7 @@ def resolve_convention(
     Args:
         convention: `"default"`, `"paper"`, or a `Convention`.
         attribution: the name of a method, or a function of the caller's, which goes by its own name and leaves `score`
-            and `signed` open; `None` leaves the convention's.
+            and `signed` open, as `"random"` does; `None` leaves the convention's.
         steps: number of even steps between the convention's end points, at least 1; `None` leaves its fractions.
         fill: `None` leaves the convention's.
 
@@ -119,10 +119,13 @@ def resolve_convention(
     if callable(attribution):
         name = getattr(attribution, "__name__", type(attribution).__name__)
         convention = dataclasses.replace(convention, attribution=name, score=None, signed=None)
+    elif attribution == "random":
+        convention = dataclasses.replace(convention, attribution=attribution, score=None, signed=None)
     elif attribution is not None:
         convention = dataclasses.replace(convention, attribution=attribution)
     if steps is not None:
-        convention = dataclasses.replace(convention, fractions=even_fractions(steps, convention.end_points[1]))
+        first, last = convention.end_points
+        convention = dataclasses.replace(convention, fractions=even_fractions(steps, last, first))
     if fill is not None:
         convention = dataclasses.replace(convention, fill=fill)
     return convention

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attributions import LogitsModel, Method
 from .bootstrap import bootstrap_interval
 from .convention import Convention, resolve_convention
-from .evaluation_data import AttributionFunction, RankedBatch, autocast, data_batches, rank_batch
+from .evaluation_data import AttributionFunction, RankedBatch, autocast, data_batches, rank_batch, without_nan
 from .functional import counter_uniform
 from .functional.perturbation import area_under_curve, deletion_curve, insertion_curve
 from .functional.removal import Fill, removed_counts
@@ -128,6 +128,7 @@ class Faithfulness:
             "accuracy": self.accuracy,
             "fractions": self.fractions.tolist(),
             "gap": self.gap,
+            "gap_interval": self.gap_interval and list(self.gap_interval),
             **{name: curve.to_dict() for name, curve in curves.items() if curve is not None},
         }
 
@@ -174,7 +175,8 @@ def evaluate_faithfulness(
 
     Raises:
         ValueError: an empty data set, a model of one class, labels that are no classes of the model, `steps` below 1,
-            an attribution of another shape than (B, H, W), one that is NaN in every image, or an unknown choice.
+            an attribution of another shape than (B, H, W), one that in every image is NaN or the same at all positions,
+            or an unknown choice.
     """
     own = attribution if callable(attribution) else None
     convention = resolve_convention(convention, attribution, steps, fill)
@@ -212,7 +214,8 @@ def _measure(
     part = {
         "sample_idx": batch.sample_idx,
         "is_correct": batch.outputs.argmax(dim=1) == batch.labels,
-        "is_nan": batch.attribution.isnan().flatten(1).any(dim=1),
+        "is_nan": batch.is_nan,
+        "is_flat": batch.is_flat,
         "deletion": deletion_curve(*ranked, **options),
     }
     if "insertion" in curves:
@@ -228,10 +231,8 @@ def _measure(
 def _collect(parts: list[dict[str, Tensor]], convention: Convention, positions: int, seed: int) -> Faithfulness:
     """Means and areas over the images whose attribution has no NaN."""
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    keep = ~columns["is_nan"]
+    keep = without_nan(columns["is_nan"], columns["is_flat"], convention)
     n = int(keep.sum())
-    if n == 0:
-        raise ValueError(f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images")
     fractions = torch.tensor(removed_counts(convention.fractions, positions), dtype=torch.float64) / positions
     span = float(fractions[-1] - fractions[0]) if convention.normalisation == "span" else 1.0
     measured: dict[str, Curve | None] = dict.fromkeys(ALL_CURVES)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .attributions import LogitsModel, attribute
+from .attributions import LogitsModel, attribute, needs_gradient
 from .convention import Convention
 from .functional import class_score, counter_uniform, input_saliency
+from .functional.perturbation import check_attribution
 from .functional.removal import removal_fill
 from .model_state import model_device, model_dtype
+
+logger = logging.get_logger(__name__)
 
 # (model, images (B, C, H, W), target (B,)) -> (B, H, W): an attribution of the caller's own.
 AttributionFunction = Callable[[LogitsModel, Tensor, Tensor], Tensor]
@@ -39,6 +42,17 @@ class RankedBatch(DataBatch):
     target: Tensor
     attribution: Tensor
     fill: Tensor
+
+    @property
+    def is_nan(self) -> Tensor:
+        """Bool (B,): the attribution holds a NaN."""
+        return self.attribution.isnan().flatten(1).any(dim=1)
+
+    @property
+    def is_flat(self) -> Tensor:
+        """Bool (B,): the attribution has one value everywhere, and ranks nothing."""
+        low, high = self.attribution.flatten(1).aminmax(dim=1)
+        return low == high
 
 
 def data_batches(
@@ -122,6 +136,29 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def without_nan(is_nan: Tensor, is_flat: Tensor, convention: Convention) -> Tensor:
+    """Which images count, bool (n,) on the CPU: those whose attribution has no NaN; says how many have one.
+
+    Raises:
+        ValueError: none is left, or none of those left has an attribution that ranks anything: its number would be that
+            of removing the pixels row by row.
+    """
+    keep = ~is_nan.cpu()
+    left_out = len(keep) - int(keep.sum())
+    if left_out == len(keep):
+        raise ValueError(f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images")
+    if bool(is_flat.cpu()[keep].all()):
+        raise ValueError(
+            f"attribution {convention.attribution!r} has one value at all positions in every one of the images, and "
+            "ranks nothing: does the model round its input, or is it dead?"
+        )
+    if left_out:
+        logger.warning(
+            f"attribution {convention.attribution!r} holds NaN in {left_out} of {len(keep)} images: left out"
+        )
+    return keep
+
+
 def rank_batch(
     model: LogitsModel,
     batch: DataBatch,
@@ -133,7 +170,8 @@ def rank_batch(
     """Clean outputs, the class that is followed, the attribution and the fill of a batch.
 
     Raises:
-        ValueError: a label that is no class of the model.
+        ValueError: a label that is no class of the model, or an attribution that is no tensor, has another shape than
+            (B, H, W), or has no gradient to be made of.
     """
     by_gradient = attribution is None and convention.attribution == "gradient"
     score, signed = convention.score or "logit", bool(convention.signed)
@@ -147,7 +185,8 @@ def rank_batch(
     target = batch.labels if convention.target == "label" else outputs.argmax(dim=1)
     if by_gradient:
         # The forward pass that gave the outputs gives their gradient as well.
-        values = input_saliency(class_score(outputs, target, score), images, signed)
+        with needs_gradient(model, "gradient"):
+            values = input_saliency(class_score(outputs, target, score), images, signed)
         outputs = outputs.detach()
     elif attribution is None:
         values = attribute(
@@ -162,7 +201,11 @@ def rank_batch(
             batch_size=batch_size,
         )
     else:
-        values = attribution(model, batch.images, target).detach()
+        values = attribution(model, batch.images, target)
+        if not isinstance(values, Tensor):
+            raise ValueError(f"attribution must return a tensor (B, H, W), got a {type(values).__name__}")
+        values = values.detach()
+        check_attribution(images, values)
     noise = None
     if convention.fill == "uniform":
         noise = counter_uniform(seed, _FILL_STREAM, batch.sample_idx, tuple(batch.images.shape[1:]))

@@ -26,7 +26,9 @@ def _is_convolution_on_cpu(parameter: nn.Parameter) -> bool:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; put everything back on leaving, also when an error is raised.
+    """Put the model in eval mode, with gradients enabled; put everything back on leaving, also on an error.
+
+    A caller within `torch.no_grad` or `torch.inference_mode` gets the gradients that an attribution takes all the same.
 
     Restored: the training flag of every module (a frozen BatchNorm in a model that trains keeps its own), the gradient
     of every parameter, and the global random states of Python, NumPy and torch on the CPU and the model's device. On a
@@ -36,7 +38,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     weights = [(parameter, parameter.data) for parameter in model.parameters() if _is_convolution_on_cpu(parameter)]
     try:
-        with random_state_kept(model_device(model)):
+        with random_state_kept(model_device(model)), torch.inference_mode(False), torch.enable_grad():
             # An attribution of the caller's may run backward(): it must not add to gradients that are waiting.
             for parameter, _ in gradients:
                 parameter.grad = None

@@ -23,7 +23,7 @@ import math
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,13 +133,17 @@ class Results:
         validate(content)
         Path(path).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
-    def markdown_table(self, columns: Mapping[str, str], digits: int = 2) -> str:
+    def markdown_table(
+        self, columns: Mapping[str, str], digits: int = 2, cell: Callable[[Row, str], str] | None = None
+    ) -> str:
         """A Markdown table, one line per row, and below it the conventions, numbered; "–" where a row lacks the metric.
 
         Args:
             columns: name of the metric -> heading, in the order of the table.
             digits: decimals.
+            cell: what to write for a row and a metric that it has, in place of `Measurement.format(digits)`.
         """
+        cell = cell or (lambda row, name: row.metrics[name].format(digits))
         notes: list[str] = []
         lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in self.rows:
@@ -147,7 +151,7 @@ class Results:
             if note is not None and note not in notes:
                 notes.append(note)
             mark = "" if note is None else f" [{notes.index(note) + 1}]"
-            cells = [row.metrics[name].format(digits) if name in row.metrics else "–" for name in columns]
+            cells = [cell(row, name) if name in row.metrics else "–" for name in columns]
             lines.append(f"| {row.name}{mark} | " + " | ".join(cells) + " |")
         # A blank line ends the table; two spaces end a line.
         lines += ["", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))] if notes else []
@@ -175,6 +179,18 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
     for detail in details.values():
         del detail["convention"]
     return Row(name, metrics, conventions.pop().to_dict(), {"by_seed": details})
+
+
+def nan_notes(rows: Sequence[Row]) -> list[str]:
+    """A sentence for every measurement that left out images because their attribution holds a NaN."""
+    return [
+        f"{row.name}, seed {seed}, {row.convention['fill']} fill: {found['nan_skipped']} images left out, whose "
+        f"attribution holds a NaN; {found['n']} measured."
+        for row in rows
+        if row.convention is not None
+        for seed, found in row.details.get("by_seed", {}).items()
+        if found.get("nan_skipped")
+    ]
 
 
 def load_results(path: str | Path) -> Results:

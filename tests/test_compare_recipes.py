@@ -10,6 +10,8 @@ import datasets
 import pytest
 import torch
 
+from smoot_hf import Convention
+from smoot_hf.image_classes import ImageClasses
 from smoot_hf.results import load_results
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -255,7 +257,40 @@ def test_one_checkpoint_is_evaluated(here, recipe, capsys):
         assert Path(f"one/{name}.png").read_bytes().startswith(PNG)
     printed = capsys.readouterr().out
     assert "AUC, random order" in printed
-    assert "Class II" in printed
+    assert "Class II, random order" in printed
+    random_row = ignores_the_weights.metrics
+    assert random_row["class_two"].values == random_row["class_two_random"].values
+    assert checks.metrics["class_two_random"].values == random_row["class_two_random"].values
+    assert checks.metrics["raised"].mean >= checks.metrics["class_two"].mean
+    auc = rows["gradient", "mean"].metrics["deletion_auc"].mean
+    low, high = rows["gradient", "mean"].details["by_seed"]["0"]["deletion"]["interval"]
+    assert f"| {auc:.2f} [{low:.2f}, {high:.2f}] |" in printed
+
+
+def test_the_example_of_class_two_is_one(recipe):
+    """Fault: the image of the largest rise is shown as class II though it rises to chance only.
+
+    The first image rises from 0 to 0.09, below the chance of 0.1; the second, of class II, from 0.15 to 0.2.
+    """
+    found = ImageClasses(
+        fractions=torch.tensor([0.0, 0.5, 1.0]),
+        probability=torch.tensor([[0.0, 0.09, 0.05], [0.15, 0.2, 0.1]]),
+        is_correct=torch.zeros(2, 3, dtype=torch.bool),
+        floor=torch.tensor([0.1, 0.1]),
+        margin=0.01,
+        sample_idx=torch.tensor([0, 1]),
+        nan_skipped=0,
+        convention=Convention(),
+    )
+
+    class Images:
+        label_names = ("zero", "one")
+
+        def __getitem__(self, row):
+            return {"pixel_values": torch.zeros(1, 2, 2), "labels": row}
+
+    shown = recipe("evaluate_faithfulness").examples(found, Images())
+    assert [(name, example.row) for name, example in shown.items()] == [("Class II", 1)]
 
 
 def test_bf16_reaches_every_measurement(here, recipe, monkeypatch):

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from smoot_hf import evaluation_data
 from smoot_hf import functional as SF
 from smoot_hf.attributions import attribute
 from smoot_hf.bootstrap import bootstrap_interval
@@ -311,6 +312,19 @@ def test_nothing_is_left_behind(attribution):
     assert random.getstate() == states[2]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("attribution", ["gradient", "smooth_grad", backward_attribution])
+def test_gradients_are_taken_where_the_caller_has_switched_them_off(mode, attribution):
+    """Catches an evaluation that cannot be called within `torch.no_grad()`, where one writes evaluations."""
+    model, data = small_model(), rows()
+    expected = evaluate_faithfulness(model, data, attribution, steps=2)
+    with mode():
+        found = evaluate_faithfulness(model, data, attribution, steps=2)
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    assert torch.equal(found.deletion.sample_auc, expected.deletion.sample_auc)
+
+
 def test_dropout_is_off():
     """Catches a model judged in train mode: two runs would differ."""
     model, data = small_model(dropout=0.9).train(), rows()
@@ -356,16 +370,43 @@ def nan_in(broken):
     return attribution
 
 
-def test_nan_attributions_are_counted_and_left_out():
-    """Catches a NaN map that is averaged in, or shifts the rows of the others."""
-    data, model = rows(6), small_model()
+def test_nan_attributions_are_counted_and_left_out(monkeypatch):
+    """Catches a NaN map that is averaged in, or shifts the rows of the others, or is left out without a word."""
+    data, model, said = rows(6), small_model(), []
+    monkeypatch.setattr(evaluation_data.logger, "warning", said.append)
     found = evaluate_faithfulness(model, data, nan_in({1, 4}))
+    assert said == ["attribution 'attribution' holds NaN in 2 of 6 images: left out"]
     assert (found.n, found.nan_skipped) == (4, 2)
     assert found.sample_idx.tolist() == [0, 2, 3, 5]
     without = evaluate_faithfulness(model, [data[i] for i in (0, 2, 3, 5)], nan_in(set()))
     assert torch.equal(found.deletion.sample_auc, without.deletion.sample_auc)
     with pytest.raises(ValueError, match="holds NaN in every one of the 6 images"):
         evaluate_faithfulness(model, data, nan_in(set(range(6))))
+
+
+class Detached(nn.Module):
+    """Its logits are cut off from everything."""
+
+    def forward(self, images):
+        return images.detach().flatten(1)[:, :CLASSES]
+
+
+class Rounding(nn.Module):
+    """Its gradient is zero everywhere."""
+
+    def forward(self, images):
+        return images.round().flatten(1)[:, :CLASSES]
+
+
+class Blind(nn.Module):
+    """Its logits have a gradient, but not with respect to the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(CLASSES))
+
+    def forward(self, images):
+        return self.bias.expand(len(images), CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +417,12 @@ def test_nan_attributions_are_counted_and_left_out():
         ({"fill": "black"}, "fill must be one of"),
         ({"attribution": "saliency"}, "method must be one of"),
         ({"attribution": lambda m, i, t: i}, r"attribution must have shape \(10, 6, 6\)"),
+        ({"attribution": lambda m, i, t: i.flatten(1).sum(1)}, r"attribution must have shape \(10, 6, 6\)"),
+        ({"attribution": lambda m, i, t: i[:, 0].numpy()}, "attribution must return a tensor .* got a ndarray"),
+        ({"model": Detached()}, "gradient cannot explain Detached: its logits have no gradient"),
+        ({"model": Detached(), "attribution": "smooth_grad"}, "smooth_grad cannot explain Detached"),
+        ({"model": Blind()}, "gradient cannot explain Blind: its logits have no gradient"),
+        ({"model": Rounding()}, "attribution 'gradient' has one value at all positions in every one of the images"),
         ({"convention": "RISE"}, "convention must be 'default', 'paper'"),
         ({"curves": ("deletion",)}, "curves must be among"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -412,6 +459,11 @@ def test_convention_is_resolved_once():
     """Catches a shortcut that loses the rest of the convention it changes."""
     resolved = resolve_convention(PAPER, steps=3, fill="blur")
     assert resolved == dataclasses.replace(PAPER, fractions=even_fractions(3, 0.9), fill="blur")
+    late = resolve_convention(Convention(fractions=(0.1, 0.5, 0.7)), steps=3)
+    assert late.fractions == (0.1, 0.3, 0.5, 0.7)
+    by_chance = resolve_convention("default", "random")
+    assert (by_chance.score, by_chance.signed) == (None, None)
+    assert "most salient first by random, corner fill" in by_chance.describe()
 
 
 # --- bootstrap and comparison ----------------------------------------------------------------------------------------

@@ -209,6 +209,7 @@ def test_paper_fractions():
     """Catches a last step that is lost: 0 to 90 % by 10 are ten points."""
     assert even_fractions(9, 0.9) == pytest.approx([0.1 * i for i in range(10)])
     assert even_fractions(10) == pytest.approx([0.1 * i for i in range(11)])
+    assert even_fractions(3, 0.7, 0.1) == (0.1, 0.3, 0.5, 0.7)
 
 
 @given(st.integers(2, 9), SEEDS)
@@ -370,8 +371,9 @@ def test_bad_arguments_of_the_parts():
     """Catches silent defaults: steps 0, a last fraction of 0, noise left out, unmatched curves, no image."""
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         even_fractions(0)
-    with pytest.raises(ValueError, match=r"last must be in \(0, 1\]"):
-        even_fractions(3, 0.0)
+    for last, first in ((0.0, 0.0), (1.5, 0.0), (0.5, 0.5), (0.5, -0.1)):
+        with pytest.raises(ValueError, match=r"last must be in \(first, 1\]"):
+            even_fractions(3, last, first)
     with pytest.raises(ValueError, match="needs noise"):
         removal_fill(torch.zeros(1, 1, 2, 2), "uniform")
     with pytest.raises(ValueError, match="fill must be one of"):

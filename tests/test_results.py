@@ -1,6 +1,7 @@
 """results.json: written and read back, refused where it does not keep to its schema; the metrics load offline."""
 
 import copy
+import dataclasses
 import importlib.resources
 import json
 import math
@@ -16,7 +17,7 @@ from torch import nn
 from smoot_hf.convention import Convention
 from smoot_hf.evaluation import evaluate_faithfulness
 from smoot_hf.functional.perturbation import area_under_curve
-from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row, load_results
+from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row, load_results, nan_notes
 
 
 def faithfulness(seed, **convention):
@@ -93,6 +94,15 @@ def test_row_keeps_what_was_measured():
     assert row.details["by_seed"]["4"]["deletion"]["values"] == measured[4].deletion_curve.tolist()
     with pytest.raises(ValueError, match="row 'sgt' must have one convention, got 2"):
         faithfulness_row("sgt", {0: faithfulness(0), 1: faithfulness(1, fill="mean")})
+
+
+def test_images_left_out_are_said():
+    """Catches a mean over fewer images than the reader thinks: NaN attributions are counted and reported."""
+    whole, holed = faithfulness(0), dataclasses.replace(faithfulness(1), nan_skipped=3)
+    rows = [faithfulness_row("sgt", {0: whole, 1: holed}), Row("other", {"accuracy": Measurement({0: 1.0})})]
+    assert nan_notes(rows) == [
+        f"sgt, seed 1, corner fill: 3 images left out, whose attribution holds a NaN; {holed.n} measured."
+    ]
 
 
 def broken(change):
@@ -181,6 +191,8 @@ def test_metrics_load_offline_and_agree_with_the_function(load_metric, name):
         metric.compute(predictions=[[1.0, 0.0]], fractions=fractions)
     with pytest.raises(ValueError, match="rising numbers"):
         metric.compute(predictions=[[1.0, 0.0]], fractions=[0.5, 0.5])
+    with pytest.raises(ValueError, match=r"within \[0, 1\], got \[0.0, 100.0\]"):
+        metric.compute(predictions=[[1.0, 0.0]], fractions=[0.0, 100.0])
 
 
 @pytest.mark.parametrize(("name", "value"), [("deletion_auc", 0.375), ("insertion_auc", 0.625)])

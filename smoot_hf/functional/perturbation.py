@@ -14,6 +14,10 @@ from .removal import Order, check_choice, removal_ranks, removed_counts
 
 Measure = Literal["accuracy", "probability", "output"]
 
+# The activations of more images than this leave the caches of a CPU: on one core, 256 images by 64 took the paper's CNN
+# two thirds, and DeiT-tiny on 32x32 three quarters, of their time as a single batch.
+_CPU_CHUNK = 64
+
 # images (M, C, H, W) -> outputs (M, classes): logits wherever a probability is measured.
 Score = Callable[[Tensor], Tensor]
 
@@ -29,7 +33,8 @@ def perturbed_outputs(
 ) -> Tensor:
     """Outputs of the classifier for every sample and every number of removed positions.
 
-    Samples and steps share one batch dimension, cut into forward passes of at most `chunk_size` images.
+    Samples and steps share one batch dimension, cut into forward passes of at most `chunk_size` images, and of at
+    most 64 on a CPU, whose caches hold no more.
 
     Args:
         score: (M, C, H, W) -> (M, classes); called under `torch.no_grad`.
@@ -62,6 +67,8 @@ def _run(score: Score, images: Tensor, fill: Tensor, ranks: Tensor, counts: list
     ranks = ranks.unsqueeze(1)
     removed = torch.tensor(counts, device=images.device)
     jobs = torch.arange(len(images) * len(counts), device=images.device)
+    if images.device.type == "cpu":
+        chunk_size = min(chunk_size, _CPU_CHUNK)
     outputs = []
     with torch.no_grad():
         for job in jobs.split(chunk_size):
@@ -100,15 +107,20 @@ def measure_outputs(outputs: Tensor, target: Tensor, measure: Measure) -> Tensor
     return outputs.gather(-1, target[:, None, None].expand(-1, outputs.shape[1], 1)).squeeze(-1)
 
 
-def _check_inputs(images: Tensor, attribution: Tensor, target: Tensor) -> None:
+def check_attribution(images: Tensor, attribution: Tensor) -> None:
+    """Raise a ValueError unless there is one value per position of every image: (B, H, W) for (B, C, H, W)."""
     expected = (images.shape[0], *images.shape[2:])
     if tuple(attribution.shape) != expected:
         raise ValueError(
             f"attribution must have shape {expected}, one value per position of the images {tuple(images.shape)}, "
             f"got {tuple(attribution.shape)}"
         )
-    if tuple(target.shape) != expected[:1]:
-        raise ValueError(f"target must have shape {expected[:1]}, got {tuple(target.shape)}")
+
+
+def _check_inputs(images: Tensor, attribution: Tensor, target: Tensor) -> None:
+    check_attribution(images, attribution)
+    if tuple(target.shape) != (len(images),):
+        raise ValueError(f"target must have shape {(len(images),)}, got {tuple(target.shape)}")
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got 0")
 

@@ -22,27 +22,28 @@ def check_choice(name: str, value: str, choices: object) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def even_fractions(steps: int, last: float = 1.0) -> tuple[float, ...]:
-    """Fractions from 0 to `last`, both included, in `steps` equal steps.
+def even_fractions(steps: int, last: float = 1.0, first: float = 0.0) -> tuple[float, ...]:
+    """Fractions from `first` to `last`, both included, in `steps` equal steps.
 
     `even_fractions(10)` is 0, 0.1, ..., 1; the paper's 0 to 90 % by 10 is `even_fractions(9, 0.9)`.
 
     Args:
         steps: number of intervals, at least 1; the curve has `steps + 1` points.
-        last: the largest fraction, in (0, 1].
+        last: the largest fraction, above `first` and at most 1.
+        first: the smallest fraction, at least 0.
 
     Returns:
         `steps + 1` rising numbers.
 
     Raises:
-        ValueError: `steps` below 1, or `last` outside (0, 1].
+        ValueError: `steps` below 1, or not 0 <= `first` < `last` <= 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0.0 < last <= 1.0:
-        raise ValueError(f"last must be in (0, 1], got {last}")
+    if not 0.0 <= first < last <= 1.0:
+        raise ValueError(f"last must be in (first, 1] and first at least 0, got last={last}, first={first}")
     # 0.3, not 0.30000000000000004: these numbers are printed and compared.
-    return tuple(round(last * step / steps, 12) for step in range(steps + 1))
+    return tuple(round(first + (last - first) * step / steps, 12) for step in range(steps + 1))
 
 
 def removed_counts(fractions: Sequence[float], positions: int) -> list[int]:

@@ -49,8 +49,9 @@ class InsertionAUC(evaluate.Metric):
 
     def _compute(self, predictions: Any, fractions: Any) -> dict[str, float]:
         fractions = np.asarray(fractions, dtype=np.float64)
-        if fractions.ndim != 1 or len(fractions) < 2 or not np.all(np.diff(fractions) > 0):
-            raise ValueError(f"fractions must be at least 2 rising numbers, got {fractions.tolist()}")
+        is_rising = fractions.ndim == 1 and len(fractions) >= 2 and np.all(np.diff(fractions) > 0)
+        if not (is_rising and fractions[0] >= 0 and fractions[-1] <= 1):
+            raise ValueError(f"fractions must be at least 2 rising numbers within [0, 1], got {fractions.tolist()}")
         lengths = {len(curve) for curve in predictions}
         if lengths != {len(fractions)}:
             raise ValueError(f"every curve must have {len(fractions)} values, one per fraction, got {sorted(lengths)}")
