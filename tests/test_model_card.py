@@ -80,9 +80,11 @@ def test_every_number_comes_from_the_run(run, tmp_path):
     assert f"{at_bounds[0]} images were at the lower bound of 12 and {at_bounds[1]} at the upper one of 51" in card.text
     assert f"- accuracy: {trainer.state.log_history[-1]['eval_accuracy']:.4f}" in card.text
     for one in found:
-        assert re.search(rf"\| {one.accuracy:.2f} \(n=1\) \| {one.deletion_auc:.2f} \(n=1\) \|", card.text)
+        assert re.search(rf"\| {one.accuracy:.2f} \| {one.deletion_auc:.2f} \|", card.text)
     for argument, value in {"step_size": 500, "learning_rate": 0.02, "max_steps": 6, "optimizer": "AdamW"}.items():
         assert f"| `{argument}` | `{value}` |" in card.text
+    for package in (torch, datasets):
+        assert f"| {package.__name__} | {package.__version__} |" in card.text
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert f"of {parameters:,} parameters" in card.text
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", card.text)
