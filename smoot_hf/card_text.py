@@ -140,10 +140,11 @@ def _use(about: Mapping[str, Any]) -> str:
         None: "Images are resized and normalised by the image processor of this repository.",
     }[about["processor_agrees"]]
     pixels += " Colours are made grey." if about["is_grey"] else ""
-    return _USE.format(repo=about["repo"], trust=trust, code=code if trust else "", pixels=pixels)
+    libraries = "transformers and timm" if about["needs_timm"] else "transformers"
+    return _USE.format(repo=about["repo"], trust=trust, code=code if trust else "", pixels=pixels, libraries=libraries)
 
 
-_USE = """With transformers alone:
+_USE = """With {libraries} alone:
 
 ```python
 from transformers import pipeline

@@ -212,6 +212,7 @@ def _about(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "has_processor": hasattr(processor, "preprocess"),
         "processor_agrees": processor_agrees(trainer),
         "needs_code": bool(getattr(model, "_auto_class", None) or getattr(processor, "_auto_class", None)),
+        "needs_timm": getattr(config, "model_type", None) == "timm_wrapper",
         "is_grey": getattr(config, "num_channels", 3) == 1,
     }
 

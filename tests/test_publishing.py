@@ -120,6 +120,8 @@ def test_a_published_model_is_used_without_smoot_hf(hub, tmp_path):
         images, expected[f"{USER}/{name}"] = published(name, parts, tmp_path)
         # The architectures of transformers and timm need no code of anybody.
         asked.append({"repo": f"{USER}/{name}", "trust_remote_code": name == "grey-cnn", "images": images})
+        libraries = "transformers and timm" if name == "timm" else "transformers"
+        assert f"With {libraries} alone:" in ModelCard.load(tmp_path / name / "README.md").text
     (tmp_path / "elsewhere").mkdir()
     environment = {
         k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "PYTHONPATH")
