@@ -333,6 +333,13 @@ def test_a_person_can_choose_drop_and_remove(recipe, checkpoints, test_images, a
             )
 
     wait_for(examples[0].pixels, 0)
+    # With nothing removed the columns show the example itself, and their files are written anew for every visitor.
+    sources = "nodes => nodes.map(node => node.src)"
+    thumbnails = page.locator("#examples img").evaluate_all(sources)
+    shown = page.locator(".pixels:not(#examples) img").evaluate_all(sources)
+    assert len(thumbnails) == len(examples)
+    assert len(shown) == 1 + 2 * len(checkpoints)
+    assert not set(thumbnails) & set(shown[1:])
     before = page.locator("#curve img").get_attribute("src")
     slider = page.locator("#removed input[type=range]")
     slider.fill("30")
