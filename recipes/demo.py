@@ -18,6 +18,7 @@ predicts itself for the whole image, since a dropped image has no label.
 
 import argparse
 import html
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +137,11 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
     except ImportError as error:
         raise ImportError("the demo needs gradio: pip install 'smoot-hf[demo]'") from error
     shape: Any = tuple(examples[0].pixels.shape)
-    pictures = [enlarged(example.pixels.permute(1, 2, 0).numpy()) for example in examples]
+    # As files: a picture that it is handed as such, gradio writes anew for every visitor, while browsers read it.
+    folder = tempfile.TemporaryDirectory(prefix="smoot-examples-")
+    pictures = [str(Path(folder.name) / f"example-{number}.png") for number in range(len(examples))]
+    for example, path in zip(examples, pictures, strict=True):
+        enlarged(example.pixels.permute(1, 2, 0).numpy()).save(path)
     labels = {name: _labels(checkpoint) for name, checkpoint in checkpoints.items()}
     colours = {name: colour for name, (colour, _) in style(list(checkpoints)).items()}
 
@@ -167,8 +172,8 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
         ]
         return [*columns, draw_fall(found, colours, step)]
 
-    def choose(event: gr.SelectData) -> Image.Image:
-        """The example that was clicked."""
+    def choose(event: gr.SelectData) -> str:
+        """File of the example that was clicked."""
         return pictures[event.index]
 
     with gr.Blocks(title="What does the model look at?", analytics_enabled=False) as page:
@@ -192,13 +197,18 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
                 )  # fmt: skip
             with gr.Column(scale=3):
                 removed = gr.Slider(
-                    0, 100, value=0, step=100 / STEPS, label="Most salient pixels removed (%)", elem_id="removed"
+                    0,
+                    100,
+                    value=0,
+                    step=100 / STEPS,
+                    label="Most salient pixels removed (% at most)",
+                    elem_id="removed",
                 )
                 fill = gr.Radio(list(FILLS), value=FILLS[0], label="Removed pixels become the image's")
                 columns: list[Any] = []
                 with gr.Row():
                     for name in checkpoints:
-                        with gr.Column(min_width=160):
+                        with gr.Column(min_width=200):
                             gr.Markdown(f"<h3 style='color: {colours[name]}'>{html.escape(name)}</h3>")
                             columns.append(gr.HTML(elem_id=f"verdict-{name}"))
                             for label in ("Pixels left", "Saliency"):
@@ -224,6 +234,8 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
         )
         gallery.select(choose, None, image, show_progress="hidden")
         page.load(lambda: pictures[0], None, image, show_progress="hidden")
+    # Deleted with the page.
+    page.example_files = folder
     return page
 
 

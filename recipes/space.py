@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ _README = """---
 title: What does the model look at?
 sdk: gradio
 sdk_version: {version}
+python_version: "{python}"
 app_file: app.py
 tags: [smoot, saliency, interpretability, image-classification]
 ---
@@ -85,7 +87,10 @@ def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence
     needed = [*project["dependencies"], *project["optional-dependencies"]["recipes"]]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
     (folder / "app.py").write_text(_APP, encoding="utf-8")
-    (folder / "README.md").write_text(_README.format(version=version, names=", ".join(checkpoints)), encoding="utf-8")
+    # A Space's own default is older than this package allows.
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    readme = _README.format(version=version, python=python, names=", ".join(checkpoints))
+    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def read_page(folder: Path) -> Any:

@@ -36,7 +36,7 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         "K: how many pixels each image could lose": _budget(results.rows[0], figures),
         "Use": _use(about),
         "Training": _training(results, about),
-        "Versions": _table({k: v for k, v in results.environment.items() if v is not None}, ("item", "value")),
+        "Versions": _table(_versions(results.environment), ("item", "value")),
         "Limits": _limits(results, about),
         "Citation": _CITATION,
     }
@@ -75,7 +75,8 @@ def _results(results: Results, about: Mapping[str, Any], figures: Mapping[str, s
             "alone are there (insertion). **The convention is part of the number**: only numbers of one convention "
             "compare."
         )
-        parts.append(Results("", {}, {}, measured).markdown_table(columns).strip())
+        # One run: its seed stands in the settings, and the limits say what that means.
+        parts.append(Results("", {}, {}, measured).markdown_table(columns).replace(" (n=1)", "").strip())
         parts += [sentence for i, row in enumerate(measured, 1) for sentence in _reading(i, row)]
     if "curves" in figures:
         parts.append(f"![Deletion and insertion curves, with a random order as the control]({figures['curves']})")
@@ -132,11 +133,18 @@ def _use(about: Mapping[str, Any]) -> str:
         "\nThe repository brings the code of this model along, which `trust_remote_code=True` runs: look at its `.py` "
         "files first.\n"
     )
-    grey = " Colours are made grey." if about["is_grey"] else ""
-    return _USE.format(repo=about["repo"], trust=trust, code=code if trust else "", grey=grey)
+    pixels = {
+        True: "Images are resized and normalised as in the evaluation.",
+        False: "**The image processor of this repository makes other pixels than the evaluation did: the results above "
+        "are not those of the code here.**",
+        None: "Images are resized and normalised by the image processor of this repository.",
+    }[about["processor_agrees"]]
+    pixels += " Colours are made grey." if about["is_grey"] else ""
+    libraries = "transformers and timm" if about["needs_timm"] else "transformers"
+    return _USE.format(repo=about["repo"], trust=trust, code=code if trust else "", pixels=pixels, libraries=libraries)
 
 
-_USE = """With transformers alone:
+_USE = """With {libraries} alone:
 
 ```python
 from transformers import pipeline
@@ -145,7 +153,7 @@ classify = pipeline("image-classification", "{repo}"{trust})
 classify("photo.png")
 ```
 {code}
-Images are resized and normalised as in the evaluation.{grey} To draw the saliency of a prediction, with
+{pixels} To draw the saliency of a prediction, with
 [captum](https://captum.ai):
 
 ```python
@@ -154,9 +162,12 @@ from captum.attr import Saliency
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-processor = AutoImageProcessor.from_pretrained("{repo}"{trust})
-model = AutoModelForImageClassification.from_pretrained("{repo}"{trust}).eval()
-pixels = processor(Image.open("photo.png").convert("RGB"), return_tensors="pt")["pixel_values"]
+repo = "{repo}"
+processor = AutoImageProcessor.from_pretrained(repo{trust})
+model = AutoModelForImageClassification.from_pretrained(repo{trust})
+model.eval()
+photo = Image.open("photo.png").convert("RGB")
+pixels = processor(photo, return_tensors="pt")["pixel_values"].requires_grad_()
 
 
 def logits(pixel_values):
@@ -164,7 +175,7 @@ def logits(pixel_values):
 
 
 predicted = logits(pixels).argmax(dim=1)
-saliency = Saliency(logits).attribute(pixels.requires_grad_(), target=predicted).mean(dim=1)  # (1, H, W)
+saliency = Saliency(logits).attribute(pixels, target=predicted).mean(dim=1)  # (1, H, W)
 plt.imshow(saliency[0], cmap="magma")
 plt.savefig("saliency.png")
 ```"""
@@ -180,8 +191,8 @@ def _training(results: Results, about: Mapping[str, Any]) -> str:
         "configuration": about["dataset_config"],
         "revision": about["dataset_revision"],
         "fingerprint of the training set": about["dataset_fingerprint"],
-        "training images": about["train_images"],
-        "epochs": settings.pop("epochs"),
+        "training images": None if about["train_images"] is None else f"{about['train_images']:,}",
+        "epochs": f"{epochs:.4g}" if (epochs := settings.pop("epochs")) is not None else None,
         "steps": settings.pop("steps"),
     }
     known = {name: value for name, value in facts.items() if value is not None}
@@ -190,6 +201,13 @@ def _training(results: Results, about: Mapping[str, Any]) -> str:
         f"{_table(known, ('item', 'value'))}\n\n{heading}\n\n"
         f"{_table({f'`{k}`': f'`{v}`' for k, v in settings.items()}, ('argument', 'value'))}"
     )
+
+
+def _versions(environment: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: version for name, version in environment.items() if version is not None}
+    if "commit" in known:
+        known["commit of smoot_hf"] = known.pop("commit")
+    return known
 
 
 def _table(values: Mapping[str, Any], heads: tuple[str, str]) -> str:

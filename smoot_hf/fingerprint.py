@@ -3,13 +3,15 @@
 import hashlib
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from huggingface_hub import constants
 
 _ROWS_HASHED = 64
-_HUB_FILE = re.compile(r"hf://datasets/([^@]+)@([0-9a-f]{40})/")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def dataset_fingerprint(dataset: Any) -> str | None:
@@ -38,16 +40,22 @@ def dataset_fingerprint(dataset: Any) -> str | None:
 
 
 def hub_revision(dataset: Any) -> tuple[str, str] | None:
-    """Hub id and commit that a data set was downloaded from, as HF Datasets recorded them; `None` where it did not.
+    """Hub id and commit that a data set was downloaded from; `None` where nothing says so.
+
+    HF Datasets names the folder of its cached rows after the commit, and writes the id there in lower case; the Hub's
+    client keeps a folder for the same commit, with the id as it is.
 
     Args:
         dataset: an HF `Dataset`, or an object that wraps one in its attribute `dataset`.
     """
     while not isinstance(dataset, datasets.Dataset) and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
-    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = {(match[1], match[2]) for match in map(_HUB_FILE.match, files) if match}
-    return found.pop() if len(found) == 1 else None
+    files = dataset.cache_files if isinstance(dataset, datasets.Dataset) else []
+    commits = {Path(file["filename"]).parent.name for file in files}
+    if len(commits) != 1 or not _COMMIT.fullmatch(commit := commits.pop()):
+        return None
+    found = [path.parts[-3] for path in Path(constants.HF_HUB_CACHE).glob(f"datasets--*/snapshots/{commit}")]
+    return (found[0].removeprefix("datasets--").replace("--", "/"), commit) if len(found) == 1 else None
 
 
 def _content(value: Any) -> Any:

@@ -217,16 +217,23 @@ class InputPipeline:
         top, left = (to_whole((side - kept) / 2) for side, kept in zip((height, width), self.crop_size, strict=True))
         return images[..., top : top + self.crop_size[0], left : left + self.crop_size[1]]
 
-    def _check_parity(self, processor: Any) -> None:
-        """Run both on one image, for what no attribute tells: a processor's code may do anything."""
+    def agrees_with(self, processor: Any, image_size: tuple[int, int]) -> bool:
+        """Whether a processor makes of an image of that (height, width) what `prepare_evaluation` does.
+
+        Both are run on one random image; two of the 256 grey values are allowed, by which resizers differ.
+        """
         generator = torch.Generator().manual_seed(0)
-        # Not square, and odd: a wrong order of the sides or a wrong rounding of the crop shows.
-        sides = (301, 275) if self.size is not None else (self.crop_size or (32, 32))
-        image = torch.randint(0, 256, (len(self.mean), *sides), dtype=torch.uint8, generator=generator)
+        image = torch.randint(0, 256, (len(self.mean), *image_size), dtype=torch.uint8, generator=generator)
         ours = self.prepare_evaluation(image[None])[0]
         theirs = run_image_processor(processor, image)
         two_levels = 2 / 255 / torch.tensor(self.std)[:, None, None] + 1e-5
-        if ours.shape != theirs.shape or not bool(((ours - theirs).abs() <= two_levels).all()):
+        return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= two_levels).all())
+
+    def _check_parity(self, processor: Any) -> None:
+        """Run both on one image, for what no attribute tells: a processor's code may do anything."""
+        # Not square, and odd: a wrong order of the sides or a wrong rounding of the crop shows.
+        sides = (301, 275) if self.size is not None else (self.crop_size or (32, 32))
+        if not self.agrees_with(processor, sides):
             raise ValueError(
                 f"{type(processor).__name__} gives other pixels than its attributes say: InputPipeline cannot stand "
                 "in for it. Use it in the data set's own transform instead, without an input pipeline"

@@ -20,6 +20,7 @@ from .evaluation import Faithfulness
 from .evaluation_data import data_batches
 from .fingerprint import dataset_fingerprint, hub_revision
 from .model_state import untouched
+from .published_processor import processor_agrees
 from .results import Measurement, Results, Row, describe_environment, faithfulness_row
 from .training_args import changed_arguments
 
@@ -209,7 +210,9 @@ def _about(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "classes": [str(label) for _, label in sorted((getattr(config, "id2label", None) or {}).items())],
         "has_processor": hasattr(processor, "preprocess"),
+        "processor_agrees": processor_agrees(trainer),
         "needs_code": bool(getattr(model, "_auto_class", None) or getattr(processor, "_auto_class", None)),
+        "needs_timm": getattr(config, "model_type", None) == "timm_wrapper",
         "is_grey": getattr(config, "num_channels", 3) == 1,
     }
 

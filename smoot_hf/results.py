@@ -25,6 +25,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,8 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, str | 
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "timm": version("timm"),
+        "datasets": version("datasets"),
         "smoot_hf": __version__,
         "device": f"{device.type}: {name}",
         "commit": _commit(Path(__file__)),

@@ -203,8 +203,9 @@ def freeze_batch_statistics(model):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A `LoopbackHub` that the client of this process talks to."""
+    """A `LoopbackHub` that the client of this process talks to, with a cache of its own."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     server = loopback_hub.LoopbackHub(tmp_path / "hub")
     yield server
     server.close()

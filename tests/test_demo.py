@@ -1,12 +1,14 @@
 """The demo: its computation without the page, the page's endpoints, the Space, and the page in a real browser.
 
-The browser is Chromium through Playwright: its own (`playwright install chromium`), or the one that CHROMIUM names.
+The browser is a headless Chromium through Playwright: the one that CHROMIUM names, Playwright's own (`playwright
+install chromium`), or one on the PATH. Without any, the test in the browser alone is skipped.
 """
 
 import dataclasses
 import gc
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from smoot_hf import evaluate_faithfulness
@@ -232,7 +235,10 @@ def test_a_space_holds_models_examples_and_code(
     """Fault: another model or example than the page's, and a Space written over a folder in use."""
     readme = (space / "README.md").read_text()
     assert readme.startswith("---\n")
-    assert {"sdk: gradio", "app_file: app.py"} <= set(readme.splitlines())
+    metadata = yaml.safe_load(readme.split("---")[1])
+    assert (metadata["sdk"], metadata["app_file"]) == ("gradio", "app.py")
+    # Left away, it is 3.10, which has neither typing.Self nor tomllib.
+    assert metadata["python_version"] == "{}.{}".format(*sys.version_info)
     assert any(line.startswith("transformers>=") for line in (space / "requirements.txt").read_text().splitlines())
     assert {"app.py", "smoot_hf", "recipes", "checkpoints", "examples"} <= {path.name for path in space.iterdir()}
     read = []
@@ -250,6 +256,18 @@ def test_a_space_holds_models_examples_and_code(
     with pytest.raises(SystemExit):
         recipe("demo").main([str(comparison), "--space", str(space)])
     assert "must be a folder that is new or empty" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_space_is_published_by_one_command(space, hub):
+    """Fault: a command in the recipe's header that the Hub's own program does not take, or that leaves files behind."""
+    words = ["upload", "--repo-type", "space", "tester/smoot-demo", str(space)]
+    hf = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]
+    done = subprocess.run([*hf, *words], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "0"})
+    assert done.returncode == 0, done.stderr
+    arrived = set(hub.repository("spaces", "tester/smoot-demo").files()) - {".gitattributes"}
+    assert arrived == {str(path.relative_to(space)) for path in space.rglob("*") if path.is_file()}
+    assert hub.unknown == []
 
 
 @pytest.mark.slow
@@ -270,14 +288,23 @@ def test_a_space_runs_with_nothing_but_its_folder(space):
     assert has_endpoints == "True"
 
 
+def chromium(own):
+    """Path of a browser, or `None` where there is none; `own` is where Playwright would have put its own."""
+    named = os.environ.get("CHROMIUM")
+    if named is not None:
+        return named
+    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    return own if Path(own).is_file() else next(filter(None, found), None)
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'smoot-hf[dev]'")
     with playwright.sync_playwright() as driver:
-        path = os.environ.get("CHROMIUM") or driver.chromium.executable_path
-        if not Path(path).is_file():
-            pytest.skip("no Chromium: run `playwright install chromium`, or let CHROMIUM name one")
+        path = chromium(driver.chromium.executable_path)
+        if path is None:
+            pytest.skip("no browser: run `playwright install chromium`, or let CHROMIUM name a Chromium")
         # A container has no user namespaces for the sandbox.
         opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield opened
@@ -306,6 +333,13 @@ def test_a_person_can_choose_drop_and_remove(recipe, checkpoints, test_images, a
             )
 
     wait_for(examples[0].pixels, 0)
+    # With nothing removed the columns show the example itself, and their files are written anew for every visitor.
+    sources = "nodes => nodes.map(node => node.src)"
+    thumbnails = page.locator("#examples img").evaluate_all(sources)
+    shown = page.locator(".pixels:not(#examples) img").evaluate_all(sources)
+    assert len(thumbnails) == len(examples)
+    assert len(shown) == 1 + 2 * len(checkpoints)
+    assert not set(thumbnails) & set(shown[1:])
     before = page.locator("#curve img").get_attribute("src")
     slider = page.locator("#removed input[type=range]")
     slider.fill("30")

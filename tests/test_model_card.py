@@ -11,8 +11,11 @@ import torch
 from conftest import TinyImages, build
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from loopback_hub import USER
+from PIL import Image
 
 from smoot_hf import evaluate_faithfulness
+from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
 from smoot_hf.fingerprint import hub_revision
 from smoot_hf.model_card import final_metrics
 from smoot_hf.results import load_results
@@ -80,9 +83,11 @@ def test_every_number_comes_from_the_run(run, tmp_path):
     assert f"{at_bounds[0]} images were at the lower bound of 12 and {at_bounds[1]} at the upper one of 51" in card.text
     assert f"- accuracy: {trainer.state.log_history[-1]['eval_accuracy']:.4f}" in card.text
     for one in found:
-        assert re.search(rf"\| {one.accuracy:.2f} \(n=1\) \| {one.deletion_auc:.2f} \(n=1\) \|", card.text)
+        assert re.search(rf"\| {one.accuracy:.2f} \| {one.deletion_auc:.2f} \|", card.text)
     for argument, value in {"step_size": 500, "learning_rate": 0.02, "max_steps": 6, "optimizer": "AdamW"}.items():
         assert f"| `{argument}` | `{value}` |" in card.text
+    for package in (torch, datasets):
+        assert f"| {package.__name__} | {package.__version__} |" in card.text
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert f"of {parameters:,} parameters" in card.text
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", card.text)
@@ -171,19 +176,28 @@ def test_license_tags_and_origin_are_the_callers(run):
     assert {(r.dataset_type, r.dataset_config) for r in data.eval_results} == {("someone/noise", "plain")}
 
 
-def test_a_data_set_of_the_hub_is_known_by_commit():
-    """Fault: results without the revision of their data, where HF Datasets has recorded it."""
-    commit = "0b2714987fa478483af9968de7c934580d0bb9a2"
-    stored = datasets.Dataset.from_dict({"x": [1, 2]})
-    stored.info.download_checksums = {
-        f"hf://datasets/someone/noise@{commit}/data/{name}.parquet": {"num_bytes": 1, "checksum": None}
-        for name in ("train", "test")
-    }
-    assert hub_revision(torch.utils.data.Subset(stored, [0])) == ("someone/noise", commit)
-    stored.info.download_checksums["/home/somebody/else.parquet"] = {}
-    assert hub_revision(stored) == ("someone/noise", commit)
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_data_set_of_the_hub_is_known_by_commit(hub, tmp_path, monkeypatch):
+    """Fault: results without the revision of their data, or with the id in small letters that HF Datasets keeps."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    columns = {"image": [Image.new("L", (4, 4), 20 * i) for i in range(10)], "label": ["ant", "bee"] * 5}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).class_encode_column("label")
+    rows.push_to_hub(f"{USER}/BigNoise")
+    assert hub_revision(rows) is None
+    expected = (f"{USER}/BigNoise", hub.repository("datasets", f"{USER}/BigNoise").head)
+    stored = load_image_dataset(f"{USER}/BigNoise")
+    assert hub_revision(torch.utils.data.Subset(stored["test"], [0])) == expected
+    # As the recipes have it: shuffled, cut, decoded.
+    decoded = decode_images(datasets.DatasetDict(train=stored["train"].shuffle(seed=0).select(range(3))))["train"]
+    for dataset in (decoded, DecodedImages(decoded), DecodedImages(decoded.select([2, 0]))):
+        assert hub_revision(dataset) == expected
     assert hub_revision(TinyImages()) is None
-    assert hub_revision(datasets.Dataset.from_dict({"x": [1]})) is None
+    # Local files are cached in a folder of another name.
+    rows.to_parquet(tmp_path / "noise.parquet")
+    local = datasets.Dataset.from_parquet(str(tmp_path / "noise.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert hub_revision(local) is None
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

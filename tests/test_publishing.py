@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_a_published_model_is_used_without_smoot_hf(hub, tmp_path):
         images, expected[f"{USER}/{name}"] = published(name, parts, tmp_path)
         # The architectures of transformers and timm need no code of anybody.
         asked.append({"repo": f"{USER}/{name}", "trust_remote_code": name == "grey-cnn", "images": images})
+        libraries = "transformers and timm" if name == "timm" else "transformers"
+        assert f"With {libraries} alone:" in ModelCard.load(tmp_path / name / "README.md").text
     (tmp_path / "elsewhere").mkdir()
     environment = {
         k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "PYTHONPATH")
@@ -149,6 +152,9 @@ def test_the_repository_holds_what_belongs_together(hub, tmp_path):
     card = ModelCard(hub.content(hub.repository("models", f"{USER}/grey-cnn").files()["README.md"],
                                  hub.repository("models", f"{USER}/grey-cnn")).decode())  # fmt: skip
     assert f'pipeline("image-classification", "{USER}/grey-cnn", trust_remote_code=True)' in card.text
+    # The Hub's column shows so many letters of code; what is longer must be scrolled to.
+    lines = "\n".join(re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)).splitlines()
+    assert max(map(len, lines)) <= 88
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
@@ -161,6 +167,38 @@ def test_no_token_is_published(hub, trained, strategy):
     files = {name: hub.content(entry, repository) for name, entry in repository.files().items()}
     assert "training_args.bin" in files
     assert [name for name, content in files.items() if TOKEN.encode() in content] == []
+
+
+OTHER_PROCESSORS = {
+    "the evaluation's": (lambda own: own, None, "Images are resized and normalised as in the evaluation."),
+    "other means": (
+        lambda own: ViTImageProcessor(size=own.size),
+        "ViTImageProcessor makes other pixels than the evaluation's input pipeline",
+        "**The image processor of this repository makes other pixels than the evaluation did",
+    ),
+    "other channels": (
+        lambda own: ViTImageProcessor(size=own.size, image_mean=[0.5] * 2, image_std=[0.5] * 2),
+        "ViTImageProcessor does not take the evaluation's images (",
+        "**The image processor of this repository makes other pixels than the evaluation did",
+    ),
+    "none": (lambda own: None, "there is no image processor beside the model: ", "## Training"),
+}
+
+
+@pytest.mark.parametrize("method", ["smoot", "standard"])
+@pytest.mark.parametrize("name", OTHER_PROCESSORS)
+def test_a_processor_that_is_not_the_evaluations_is_said_to_be_so(quick_trainer, tmp_path, monkeypatch, name, method):
+    """Fault: a card that promises the evaluation's predictions of a processor with other means or channels."""
+    said = []
+    monkeypatch.setattr("smoot_hf.published_processor.logger.warning", said.append)
+    model, own, size = vit()
+    make, warning, on_card = OTHER_PROCESSORS[name]
+    parts = {"processing_class": make(own), "input_pipeline": InputPipeline.from_image_processor(own)}
+    quick_trainer(model, Uint8Images(3, size), method=method, trainer_kwargs=parts).create_model_card()
+    card = ModelCard.load(tmp_path / "run" / "README.md").text
+    assert on_card in card
+    assert ("as in the evaluation" in card) == (warning is None)
+    assert [warning in line for line in said] == [True] * (warning is not None)
 
 
 class StopAt(TrainerCallback):
