@@ -11,8 +11,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import smoot_hf.models  # noqa: F401 - makes the paper's CNN known to the Auto classes
 from smoot_hf import InputPipeline, MaskBudget
+from smoot_hf.budget_file import MASK_BUDGET_NAME
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
-from smoot_hf.trainer import MASK_BUDGET_NAME
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from command_line import RecipeArguments
 
 from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
-from smoot_hf.trainer import MASK_BUDGET_NAME
+from smoot_hf.budget_file import MASK_BUDGET_NAME
 from smoot_hf.training_args import changed_arguments
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from smoot_hf.trainer import MASK_BUDGET_NAME
+from smoot_hf.budget_file import MASK_BUDGET_NAME
 from smoot_hf.whole_checkpoints import checkpoint_folders, find_damage
 
 RECIPE = Path(__file__).resolve().parent.parent / "train_digits.py"
