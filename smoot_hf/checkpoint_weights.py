@@ -44,6 +44,7 @@ def load_translated(model: PreTrainedModel, folder: str) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise ValueError(
-                f"the weights in {folder} are not this model's: {kind} {sorted(map(str, report[kind]))[:5]}"
+                f"the weights in {folder} are not this model's: {kind} {sorted(map(str, report[kind]))[:5]}. "
+                "Build the architecture that was saved, or do not resume from this checkpoint"
             )
     model.load_state_dict(restored.state_dict())

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 from huggingface_hub import constants
+from torch.utils.data import Subset
 
 _ROWS_HASHED = 64
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -19,7 +20,8 @@ def dataset_fingerprint(dataset: Any) -> str | None:
 
     For an HF `Dataset`: the columns, the number of rows, and the stored bytes of 64 rows spread evenly over it. The
     fingerprint that HF Datasets keeps will not do: it changes with `with_transform`, and at random where a transform
-    cannot be pickled. Any other data set may say its own in an attribute `fingerprint`.
+    cannot be pickled. For a torch `Subset`: its indices and the data set that they are of, so that a `random_split`
+    drawn anew is another one. Any other data set may say its own in an attribute `fingerprint`.
 
     Args:
         dataset: an HF `Dataset`, or any object.
@@ -29,7 +31,11 @@ def dataset_fingerprint(dataset: Any) -> str | None:
     """
     if not isinstance(dataset, datasets.Dataset):
         own = getattr(dataset, "fingerprint", None)
-        return own if isinstance(own, str) else None
+        if isinstance(own, str) or not isinstance(dataset, Subset):
+            return own if isinstance(own, str) else None
+        chosen = hashlib.sha256(np.asarray(dataset.indices, dtype=np.int64).tobytes())
+        chosen.update(str(dataset_fingerprint(dataset.dataset)).encode())
+        return chosen.hexdigest()[:16]
     stored = dataset.with_format("arrow")
     digest = hashlib.sha256(f"{len(dataset)} {dataset.features}".encode())
     rows = np.unique(np.linspace(0, max(len(dataset) - 1, 0), _ROWS_HASHED).astype(np.int64))

@@ -1,5 +1,6 @@
 """The mask budget: K of every training sample, its bounds and its statistics."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -246,6 +247,12 @@ class MaskBudget:
         metadata = {name: str(value) for name, value in self._identity().items()} | {"epoch": str(self.epoch)}
         write_budget(path, metadata, self.k.cpu(), (self._stored < 0).cpu())
 
+    def digest(self) -> str:
+        """A hash of K, of the samples that have moved in the epoch under way, and of its number."""
+        found = hashlib.sha256(memoryview(self._stored.cpu().numpy()))
+        found.update(str(self.epoch).encode())
+        return found.hexdigest()
+
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take up K from a file that `save` wrote, for the same data and bounds.
 
@@ -259,7 +266,10 @@ class MaskBudget:
 
     def _take_up(self, path: str | os.PathLike[str], metadata: dict[str, str], k: Tensor, has_moved: Tensor) -> None:
         if k.dtype != torch.int32 or bool(((k < self.k_min) | (k > self.k_max)).any()):
-            raise ValueError(f"the mask budget {path} is damaged; resume from an earlier checkpoint")
+            raise ValueError(
+                f"the mask budget {path} is damaged: its K are not int32 in [{self.k_min}, {self.k_max}]; resume "
+                "from an earlier checkpoint, or delete the file to start K afresh"
+            )
         self._stored.copy_(torch.where(has_moved, ~k, k))
         counts = torch.bincount(k - self.k_min, minlength=len(self._histogram))
         self._histogram.copy_(counts)

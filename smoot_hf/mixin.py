@@ -27,6 +27,7 @@ from .saving_trainer import make_output_dir
 from .tracking import TRACKERS, Tracking
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
+from .whole_checkpoints import require_one_content
 
 logger = logging.get_logger(__name__)
 
@@ -156,6 +157,7 @@ class SmootMixin(HubTrainer, IndexedTrainer, MeasuringTrainer, ResumableTrainer)
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
             self.mask_budget = self._fresh_mask_budget()
+        require_one_content(self.mask_budget.digest(), path, self.accelerator)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -193,7 +195,7 @@ class SmootMixin(HubTrainer, IndexedTrainer, MeasuringTrainer, ResumableTrainer)
         inputs, label_name = dict(inputs), self.label_names[0]
         for name in ("pixel_values", label_name):
             if inputs.get(name) is None:
-                raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}")
+                raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}: let the data collator make it")
         labels = inputs.pop(label_name)
         images = inputs.pop("pixel_values")
         sample_idx = inputs.pop(SAMPLE_IDX, None)
@@ -228,7 +230,7 @@ class SmootMixin(HubTrainer, IndexedTrainer, MeasuringTrainer, ResumableTrainer)
         args, budget, epoch = self.args, self.mask_budget, self.epoch_number()
         if images.shape[-2:] != budget.image_size:
             raise ValueError(
-                "all training images must have one size, for K counts its pixels: got "
+                "all training images must have one size, for K counts its pixels (resize them): got "
                 f"{tuple(images.shape[-2:])} after {budget.image_size}"
             )
         budget.begin_epoch(epoch)

@@ -6,6 +6,8 @@ from transformers import Trainer
 
 from .sample_index import has_index
 
+_DDP = "Several processes work through DDP: `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu`"
+
 
 def refuse_unsupported(trainer: Trainer) -> None:
     """Raise for every combination of model, arguments and hardware for which the result would be silently wrong.
@@ -31,7 +33,10 @@ def _refuse_model(trainer: Trainer) -> None:
         )
     num_labels = getattr(config, "num_labels", None)
     if num_labels is not None and num_labels < 2:
-        raise ValueError(f"the model must have at least 2 classes, got num_labels={num_labels}")
+        raise ValueError(
+            f"the model must have at least 2 classes, got num_labels={num_labels}: build it with num_labels= the "
+            "number of classes of the data"
+        )
     if getattr(config, "return_dict", True) is False:
         raise ValueError(
             "return_dict=False is refused: the loss needs outputs with 'logits', not tuples. Set "
@@ -81,12 +86,15 @@ def _refuse_parallelism(trainer: Trainer) -> None:
             f"`accelerate launch --num_processes {args.n_gpu}`, or CUDA_VISIBLE_DEVICES=0"
         )
     if getattr(trainer, "is_fsdp_enabled", False) or args.fsdp:
-        raise ValueError("FSDP is refused: its sharded parameters have not been shown to give exact gradients here")
+        raise ValueError(
+            f"FSDP is refused: its sharded parameters have not been shown to give exact gradients here. {_DDP}"
+        )
     if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed is refused: its engine has not been shown to give exact gradients here")
+        raise ValueError(f"DeepSpeed is refused: its engine has not been shown to give exact gradients here. {_DDP}")
     if getattr(args, "ddp_static_graph", None):
         raise ValueError(
-            "ddp_static_graph=True is refused: with the saliency's backward pass the gradients come out wrong"
+            "ddp_static_graph=True is refused: with the saliency's backward pass the gradients come out wrong. "
+            "Leave it away"
         )
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if (getattr(args, name, None) or {}).get("use_reentrant"):
@@ -95,6 +103,10 @@ def _refuse_parallelism(trainer: Trainer) -> None:
                 "Leave it at its default, False"
             )
     if accelerator.dispatch_batches:
-        raise ValueError("dispatch_batches=True is refused: the batches must come from the data set of each process")
+        raise ValueError(
+            "dispatch_batches=True is refused: the batches must come from the data set of each process. Leave it away"
+        )
     if accelerator.num_processes > 1 and not accelerator.even_batches:
-        raise ValueError("even_batches=False is refused with several processes: K is shared batch by batch")
+        raise ValueError(
+            "even_batches=False is refused with several processes: K is shared batch by batch. Leave it away"
+        )

@@ -106,7 +106,10 @@ class IndexedCollator:
             raise ValueError(f"'pixel_values' must be a tensor of shape (B, C, H, W), got {found}")
         channels, *size = images.shape[1:]
         if 0 in size:
-            raise ValueError(f"'pixel_values' must have pixels, got images of {size[0]}x{size[1]}")
+            raise ValueError(
+                f"'pixel_values' must have pixels, got images of {size[0]}x{size[1]} in the training samples "
+                f"{rows[:10]}: leave them out, or mend the transform that makes them"
+            )
         if self.num_channels not in (None, channels):
             raise ValueError(
                 f"the model takes images of {self.num_channels} channels, 'pixel_values' have {channels}: convert the "
@@ -122,11 +125,17 @@ class IndexedCollator:
         # One sum finds a NaN or an infinity anywhere; only then is it worth looking for where.
         if images.is_floating_point() and not torch.isfinite(images.sum(dtype=torch.float64)):
             bad = [row for row, image in zip(rows, images, strict=True) if not torch.isfinite(image).all()]
-            raise ValueError(f"'pixel_values' hold NaN or infinite values, in the training samples {bad[:10]}")
+            raise ValueError(
+                f"'pixel_values' hold NaN or infinite values, in the training samples {bad[:10]}: leave them out, or "
+                "mend the transform that makes them"
+            )
 
     def _check_labels(self, labels: Any, rows: list[int], keys: list[str]) -> None:
         if labels is None:
-            raise ValueError(f"the training batches have no {self.label_name!r}, only {keys}: SMOOT needs labels")
+            raise ValueError(
+                f"the training batches have no {self.label_name!r}, only {keys}: SMOOT needs labels; set label_names "
+                "where they have another name"
+            )
         if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
             found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(

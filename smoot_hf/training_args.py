@@ -143,9 +143,9 @@ class SmootTrainingArguments(TrainingArguments):
                 raise ValueError(f"{f.name} must be True or False, got {getattr(self, f.name)!r}")
         for name in ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "alpha", "label_smoothing_factor"):
             _require(name, getattr(self, name), 0, 1)
-        for name in ("step_size", "kl_weight"):
+        for name in ("step_size", "kl_weight", "learning_rate", "weight_decay"):
             _require(name, getattr(self, name), 0, math.inf)
-        # Two of the Trainer's own as well, which it divides by or passes on hours later.
+        # Two of the Trainer's own as well, which it divides by or passes on hours later; so are the last two above.
         counts = {"top_n": 1, "deletion_auc_samples": 0}
         counts |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
         for name, low in counts.items():

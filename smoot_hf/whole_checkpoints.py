@@ -15,29 +15,49 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
+from .budget_file import MASK_BUDGET_NAME, DamagedBudgetError, read_budget
+
 logger = logging.get_logger(__name__)
+
+# How the files of weights begin: a model's, whole or in shards, an adapter's, and those of engines that shard.
+_WEIGHTS = ("model", "pytorch_model", "adapter_model", "global_step")
 
 
 def find_damage(folder: str | os.PathLike[str]) -> str | None:
     """What a checkpoint folder lacks, in words; `None` where it is whole.
 
-    Looks at the ends of the files and not at their content: quick, whatever their size. Folders of a plain `Trainer`
-    are judged in the same way.
+    Looks at the ends of the files and, but for K, not at their content: quick, whatever their size. Folders of a plain
+    `Trainer` are judged in the same way.
     """
     if not os.path.isdir(folder):
         return "no such folder"
     names = sorted(os.listdir(folder))
     if TRAINER_STATE_NAME not in names:
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    if not any(name.startswith(_WEIGHTS) for name in names):
+        return "it has no weights (model.safetensors)"
     for name in names:
         if not _can_be_read(os.path.join(folder, name)):
             return f"{name} is damaged: it cannot be read to its end"
+    if MASK_BUDGET_NAME in names and not _is_intact(os.path.join(folder, MASK_BUDGET_NAME)):
+        return f"{MASK_BUDGET_NAME} is damaged: its content is not what was written"
     if SAFE_WEIGHTS_INDEX_NAME in names:
         with open(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME), encoding="utf-8") as file:
             missing = sorted(set(json.load(file)["weight_map"].values()) - set(names))
         if missing:
             return f"it has no {missing[0]}"
     return None
+
+
+def _is_intact(path: str) -> bool:
+    """Whether K is as it was written, or is of a format of which only its own version of this package can tell."""
+    try:
+        read_budget(path)
+    except DamagedBudgetError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def _can_be_read(path: str) -> bool:
@@ -89,6 +109,18 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike[str], accelerator: Acc
             damage = damages.get(folder, "another process does not find it whole")
             logger.warning(f"{folder} is not a whole checkpoint and is passed over: {damage}")
     return None
+
+
+def require_one_content(digest: str, path: str, accelerator: Accelerator) -> None:
+    """Let the processes, on whatever machines, compare what they have read; they call this together.
+
+    Raises:
+        ValueError: they have not read the same.
+    """
+    if accelerator.num_processes > 1 and len(set(gather_object([digest]))) > 1:
+        raise ValueError(
+            f"the processes do not find the same K in {path}: copy the whole checkpoint to the disk of every machine"
+        )
 
 
 def begin_checkpoint(folder: str | os.PathLike[str]) -> None:

@@ -19,7 +19,10 @@ RUNS = {
     "uneven": {"length": 21},
     "few": {"length": 5},
     "accumulated": {"gradient_accumulation_steps": 2},
+    "uneven_accumulated": {"length": 21, "gradient_accumulation_steps": 2},
+    "few_accumulated": {"length": 5, "gradient_accumulation_steps": 2},
     "eval_pass": {"saliency_pass": "eval"},
+    "loss_pass": {"kl_gradient": "masked", "saliency_score": "log_prob"},
     "sgt": {"method": "sgt"},
     "augmented": {"model": "cnn", "dropout": 0.0, "augments": True},
     "frozen_batchnorm": {"model": "resnet", "freezes": True},
@@ -116,6 +119,18 @@ def fsdp_refusal(folder):
         return str(error)
 
 
+def lost_budget_refusal(folder, saved, rank):
+    """What is said where the second process finds a checkpoint without K on its disk."""
+    own = shutil.copytree(saved, Path(folder) / f"disk{rank}" / "checkpoint-4")
+    if rank == 1:
+        (own / "mask_budget.safetensors").unlink()
+    args = SmootTrainingArguments(str(Path(folder) / f"disk{rank}"), **QUICK, step_size=3000)
+    try:
+        SmootTrainer(build("vit"), args, train_dataset=TinyImages(24)).train(resume_from_checkpoint=str(own))
+    except ValueError as error:
+        return str(error)
+
+
 def main(folder, saved=None, names=None):
     """Train everything, or what `names` has; with `saved` also the rest of the run whose checkpoint that folder is."""
     torch.use_deterministic_algorithms(True)
@@ -130,6 +145,7 @@ def main(folder, saved=None, names=None):
                 shutil.copytree(saved, run / "checkpoint-4")
                 (run / "checkpoint-5").mkdir()  # torn: to be passed over by all ranks
         results["resumed"] = train("vit", run, args.world_size, resume=True)
+        results["lost_budget"] = lost_budget_refusal(folder, saved, args.process_index)
     if args.world_size > 1 and not names:
         results["fsdp"] = fsdp_refusal(folder)
     torch.save(results, f"{folder}/rank{args.process_index}.pt")

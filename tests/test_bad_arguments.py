@@ -34,7 +34,11 @@ CASES = {
     "recipe: step_size NaN": Case(train_recipe("--step_size", "nan"), 2, "step_size must be finite .* got nan"),
     "recipe: unknown flag": Case(train_recipe("--mask_ration", "1"), 2, "unknown argument .*did you mean mask_ratio"),
     "recipe: top_n a fraction": Case(train_recipe("--top_n", "2.5"), 2, "--top_n.*invalid int value: '2.5'"),
-    "recipe: learning rate -1": Case(train_recipe("--learning_rate=-1"), 1, "Invalid learning rate: -1.0"),
+    "recipe: learning rate -1": Case(
+        train_recipe("--learning_rate=-1"), 2, "learning_rate must be finite and at least 0, got -1.0"
+    ),
+    "learning rate text": argument("learning_rate", "1e-3", "learning_rate must be a number, got '1e-3'"),
+    "weight decay NaN": argument("weight_decay", math.nan, "weight_decay must be finite and at least 0, got nan"),
     "recipe: patch of no pixel": Case(
         train_recipe("--model", "deit-tiny", "--from_scratch", "--patch_size", "0"), 2, "patch_size must be at least 1"
     ),

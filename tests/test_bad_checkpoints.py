@@ -49,6 +49,15 @@ def cut(name, share=0.5):
     return spoil
 
 
+def altered(name, at):
+    def spoil(checkpoint):
+        content = bytearray((checkpoint / name).read_bytes())
+        content[at] ^= 1
+        (checkpoint / name).write_bytes(content)
+
+    return spoil
+
+
 def removed(name):
     return lambda checkpoint: (checkpoint / name).unlink()
 
@@ -61,7 +70,8 @@ def rewritten(k=None, **metadata):
             said, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if k is not None:
             tensors["k"] = k
-        said |= {"sha256": _digest(tensors["k"], tensors["has_moved"])} | metadata
+        said |= metadata
+        said["sha256"] = _digest(tensors["k"], tensors["has_moved"], said)
         save_file(tensors, checkpoint / K_FILE, metadata=said)
 
     return spoil
@@ -79,16 +89,17 @@ def entries(value, dtype=torch.int32):
     return torch.full((24,), value, dtype=dtype)
 
 
+OUT_OF_BOUNDS = r"is damaged: its K are not int32 in \[12, 51\]; resume from an earlier checkpoint, or delete"
 DAMAGED = "is damaged: it cannot be read to its end. Resume from an earlier checkpoint"
 RESUMING = {
     "torn weights": spoiled(f"model.safetensors {DAMAGED}", cut("model.safetensors")),
     "weights of no bytes": spoiled(f"model.safetensors {DAMAGED}", cut("model.safetensors", 0)),
     "weights without their last bytes": spoiled(f"model.safetensors {DAMAGED}", cut("model.safetensors", 0.99)),
-    "no weights": spoiled("Can't find a valid checkpoint at .*checkpoint-2", removed("model.safetensors")),
+    "no weights": spoiled("it has no weights .model.safetensors.. Resume", removed("model.safetensors")),
     "weights of another model": Case(
         lambda folder: trainer_of(folder, "resnet").train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2")),
         ValueError,
-        "the weights in .*checkpoint-2 are not this model's",
+        "the weights in .*checkpoint-2 are not this model's.*Build the architecture that was saved",
     ),
     "torn optimizer": spoiled(f"optimizer.pt {DAMAGED}", cut("optimizer.pt")),
     "torn scheduler": spoiled(f"scheduler.pt {DAMAGED}", cut("scheduler.pt")),
@@ -102,11 +113,12 @@ RESUMING = {
     ),
     "torn K": spoiled(f"{K_FILE} {DAMAGED}", cut(K_FILE)),
     "K of no bytes": spoiled(f"{K_FILE} {DAMAGED}", cut(K_FILE, 0)),
+    "altered K": spoiled(f"{K_FILE} is damaged: its content is not what was written. Resume", altered(K_FILE, -40)),
     "a folder in place of K": spoiled(f"{K_FILE} {DAMAGED}", a_folder_in_place_of(K_FILE)),
-    "K of a future version": spoiled("format .*/1 but .*/2: install", rewritten(format="smoot_hf.mask_budget/2")),
-    "K below its bound": spoiled("is damaged; resume", rewritten(entries(-5))),
-    "K above its bound": spoiled("is damaged; resume", rewritten(entries(60))),
-    "K in fractions": spoiled("is damaged; resume", rewritten(entries(30.0, torch.float32))),
+    "K of a future version": spoiled("format .*/2 but .*/3: install", rewritten(format="smoot_hf.mask_budget/3")),
+    "K below its bound": spoiled(OUT_OF_BOUNDS, rewritten(entries(-5))),
+    "K above its bound": spoiled(OUT_OF_BOUNDS, rewritten(entries(60))),
+    "K in fractions": spoiled(OUT_OF_BOUNDS, rewritten(entries(30.0, torch.float32))),
     "K of another length": spoiled("num_samples is 24 there and 32 here", nothing, data=TinyImages(32)),
     "K of other bounds": spoiled("k_max is 51 there and 57 here", nothing, mask_ratio_max=0.9),
     "K of another method": spoiled("k_min is 12 there and 32 here", nothing, method="sgt"),

@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
+import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
+from torch.utils.data import Subset, random_split
 
 from smoot_hf.fingerprint import dataset_fingerprint
 
@@ -60,3 +62,21 @@ def test_a_data_set_may_say_its_own():
     assert dataset_fingerprint(Own()) == "abc"
     assert dataset_fingerprint(Method()) is None
     assert dataset_fingerprint([1, 2]) is None
+
+
+@pytest.mark.parametrize("data", [list(range(10)), numbers(list(range(10)))], ids=["list", "HF Dataset"])
+def test_a_split_that_is_drawn_anew_is_another_data_set(data):
+    """Catches the K of one random_split at work on the samples of another, of the same length."""
+    first, again, other = (
+        dataset_fingerprint(random_split(data, [6, 4], torch.Generator().manual_seed(seed))[0]) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    assert dataset_fingerprint(Subset(data, [2, 1])) != dataset_fingerprint(Subset(data, [1, 2]))
+    assert dataset_fingerprint(Subset(data, range(2))) == dataset_fingerprint(Subset(data, torch.tensor([0, 1])))
+
+
+def test_a_split_of_other_data_is_another():
+    """Catches indices alone."""
+    one, two = (dataset_fingerprint(Subset(numbers(list(range(n, n + 10))), [1, 2])) for n in (0, 1))
+    assert one != two

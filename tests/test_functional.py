@@ -277,6 +277,22 @@ def test_kl_of_equal_predictions_is_exactly_zero(scale):
     assert SF.kl_divergence(logits, logits.clone()).tolist() == [0.0] * 5
 
 
+def test_a_class_that_is_ruled_out_adds_nothing_to_the_kl():
+    """Catches the NaN of -inf minus -inf, in the value and in the gradient: a model may rule classes out."""
+    both = [torch.randn(3, 5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1)]
+    with_others = [logits.clone().requires_grad_() for logits in both]
+    ruled_out = torch.tensor([False, False, True, False, True])
+    kl = SF.kl_divergence(*(logits.masked_fill(ruled_out, -math.inf) for logits in with_others))
+    alone = [logits[:, ~ruled_out].clone().requires_grad_() for logits in both]
+    expected = SF.kl_divergence(*alone)
+    torch.testing.assert_close(kl, expected)
+    kl.sum().backward()
+    expected.sum().backward()
+    for one, two in zip(with_others, alone, strict=True):
+        torch.testing.assert_close(one.grad[:, ~ruled_out], two.grad)
+        assert one.grad[:, ruled_out].abs().max() == 0
+
+
 def test_kl_is_finite_at_saturated_outputs():
     """Catches 0 * inf where a class has probability zero."""
     clean = torch.tensor([[1000.0, 0.0, -1000.0]])

@@ -1,5 +1,7 @@
 """K of every sample: bounds, first visits, duplicates, statistics, file."""
 
+import hashlib
+
 import datasets
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from datasets import Dataset, Value, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from smoot_hf import MaskBudget
 from smoot_hf.mask_budget import pixels_of_ratio
@@ -170,6 +173,34 @@ def test_torn_altered_and_foreign_files_are_refused(tmp_path):
         mine.restore(path)
     with pytest.raises(ValueError, match="cannot be read"):
         mine.restore(tmp_path / "absent.safetensors")
+
+
+def test_a_file_altered_or_cut_off_in_any_byte_is_refused(tmp_path):
+    """Catches an epoch, a bound or a data set that a flipped bit has changed: K would move twice, or be another's."""
+    path, mine = tmp_path / "k.safetensors", budget(dataset_fingerprint="abc")
+    moved_budget(meaning={"mask_fill": "mean"}).save(path)
+    whole, before = path.read_bytes(), mine.k
+    for at in range(len(whole)):
+        for spoiled in (whole[:at], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+            path.write_bytes(spoiled)
+            with pytest.raises(ValueError, match="mask budget"):
+                mine.restore(path)
+            with pytest.raises(ValueError, match="mask budget"):
+                MaskBudget.load(path)
+    assert torch.equal(mine.k, before)
+    assert mine.epoch is None
+
+
+def test_a_file_of_the_first_format_can_be_read(tmp_path):
+    """Catches the K of an earlier run lost; the digest of that format is of the tensors alone."""
+    path, saved = tmp_path / "k.safetensors", moved_budget()
+    saved.save(path)
+    with safe_open(path, "pt") as file:
+        metadata, k, has_moved = file.metadata(), file.get_tensor("k"), file.get_tensor("has_moved")
+    metadata["format"] = "smoot_hf.mask_budget/1"
+    metadata["sha256"] = hashlib.sha256(k.numpy().tobytes() + has_moved.numpy().tobytes()).hexdigest()
+    save_file({"k": k, "has_moved": has_moved}, path, metadata=metadata)
+    assert torch.equal(MaskBudget.load(path).k, saved.k)
 
 
 def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):

@@ -47,6 +47,32 @@ def test_no_k_of_a_batch_whose_loss_is_not_finite_moves(value, quick_trainer, re
     assert (k[recorder.calls[2]["sample_idx"]] != 32).any()
 
 
+class RulesOut(nn.Module):
+    """A tiny ViT one of whose classes can never be: its logit is -inf."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build("vit")
+        self.config = self.inner.config
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.inner(pixel_values=pixel_values).logits
+        return {"logits": logits.masked_fill(torch.arange(CLASSES) == 3, -math.inf)}
+
+
+@pytest.mark.parametrize("score", ["logit", "log_prob"])
+@pytest.mark.parametrize("kl_gradient", ["both", "masked"])
+def test_a_class_that_is_ruled_out_does_no_harm(kl_gradient, score, quick_trainer, recorder):
+    """Catches a loss of NaN, by which every weight and the saliency are lost, where standard training is finite."""
+    data = TinyImages(classes=3)
+    trainer = quick_trainer(RulesOut(), data, kl_gradient=kl_gradient, saliency_score=score, **MOVES)
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in parameters(trainer).values())
+    assert len(trainer.mask_budget.k.unique()) > 3
+    for call in recorder.calls:
+        assert torch.isfinite(call["step"].kl).all()
+
+
 class ScaledTrainer(SmootTrainer):
     """With the loss scaler of fp16, on a CPU: from so high a scale that the first gradients overflow."""
 

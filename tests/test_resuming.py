@@ -43,20 +43,68 @@ def test_a_training_resumed_in_mid_epoch_is_the_uninterrupted_one(name, workers,
     """Catches augmentation, fill or dropout drawn from a random state that is restored after the first batches."""
 
     def trainer():
-        pipeline = InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)
-        return quick_trainer(
-            name,
-            PixelImages(),
-            {"input_pipeline": pipeline},
-            **SAVES,
-            dataloader_num_workers=workers,
-            optim="adamw_torch",
-        )
+        return augmenting(quick_trainer, name, dataloader_num_workers=workers)
 
     whole, resumed = trainer(), trainer()
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     require_same(whole, resumed)
+
+
+ODD = {
+    # Without dropout: a persistent loader draws a random number where it begins alone, for the plain Trainer as well.
+    "persistent workers": (
+        "vit",
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 3},
+    ),
+    "drop last": ("cnn", {"dataloader_drop_last": True}),
+    "accumulation": ("cnn", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+    "loss pass": ("cnn", {"saliency_score": "log_prob", "kl_gradient": "masked"}),
+    "smoothed labels": ("cnn", {"saliency_score": "log_prob", "label_smoothing_factor": 0.1, "shared_dropout": False}),
+    "compiled": ("cnn", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    "bf16": ("cnn", {"bf16": True, "saliency_pass": "eval"}),
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), ODD.values(), ids=ODD)
+def test_so_it_is_with_an_uneven_set_and_less_usual_settings(name, settings, quick_trainer, tmp_path):
+    """Catches rows, dropout or K that another loader, another pass or a wrapped model loses on resuming."""
+    whole, resumed = (augmenting(quick_trainer, name, PixelImages(21), **settings) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    require_same(whole, resumed)
+
+
+def augmenting(quick_trainer, name, data=None, **settings):
+    """A trainer whose images are flipped and cropped at random."""
+    pipeline = InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)
+    return quick_trainer(
+        name, data or PixelImages(), {"input_pipeline": pipeline}, **SAVES | {"optim": "adamw_torch"} | settings
+    )
+
+
+def test_a_finished_training_is_continued_for_more_epochs(quick_trainer):
+    """Catches first visits of the last epoch that block the next one's, and a K that starts afresh."""
+    settings = {"max_steps": -1, "save_strategy": "epoch", "lr_scheduler_type": "constant", "step_size": 500}
+    settings |= {"logging_steps": 1}
+    whole, short, longer = (quick_trainer(**settings, num_train_epochs=epochs) for epochs in (4, 2, 4))
+    short.train()
+    longer.train(resume_from_checkpoint=True)
+    whole.train()
+    require_same(whole, longer)
+
+
+def test_with_ignore_data_skip_an_epoch_begins_again_and_its_samples_stay(quick_trainer, tmp_path, recorder):
+    """Catches a second move in one epoch of the samples that had moved before the training was broken off."""
+    first = quick_trainer(**SAVES | {"max_steps": 4})
+    first.train()
+    k, has_moved = first.mask_budget.k, first.mask_budget._stored < 0
+    recorder.calls.clear()
+    again = quick_trainer(**SAVES | {"max_steps": 7}, ignore_data_skip=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert [call["epoch"] for call in recorder.calls] == [1, 1, 1]
+    assert torch.equal(again.mask_budget.k[has_moved], k[has_moved])
+    assert not torch.equal(again.mask_budget.k, k)
 
 
 def test_resuming_with_another_batch_size_goes_on_with_k(quick_trainer, tmp_path, recorder):

@@ -79,6 +79,32 @@ def test_a_file_cut_short_among_whole_ones_is_damage(run):
     assert find_damage(folder / "checkpoint-6") is None
 
 
+def test_a_checkpoint_without_weights_is_damage(run, said):
+    """A kill while the rotation deletes a folder: catches one that still has its trainer_state.json."""
+    _, folder = run
+    (folder / "checkpoint-6" / "model.safetensors").unlink()
+    assert newest_whole_checkpoint(folder) == str(folder / "checkpoint-4")
+    assert said.pop().endswith("it has no weights (model.safetensors)")
+
+
+def test_an_altered_k_is_passed_over(run, said):
+    """A power cut may leave a file of full length with other content: catches an error where an earlier K is whole."""
+    _, folder = run
+    file = folder / "checkpoint-6" / "mask_budget.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-60] + bytes(60))
+    assert newest_whole_checkpoint(folder) == str(folder / "checkpoint-4")
+    assert said.pop().endswith("mask_budget.safetensors is damaged: its content is not what was written")
+
+
+def test_a_k_of_a_future_version_is_not_passed_over(run):
+    """Catches the newest training lost to an old installation, which cannot tell whether it is whole."""
+    _, folder = run
+    file = folder / "checkpoint-6" / "mask_budget.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"mask_budget/2", b"mask_budget/3"))
+    assert newest_whole_checkpoint(folder) == str(folder / "checkpoint-6")
+
+
 def test_training_goes_on_from_the_newest_whole_checkpoint_to_the_undisturbed_result(run, quick_trainer, said):
     """Catches a torn checkpoint in the way of `resume_from_checkpoint=True`, or one that is left torn by the rerun."""
     whole, folder = run

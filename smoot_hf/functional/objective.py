@@ -1,5 +1,6 @@
 """The objective and the change of the ranked outputs under masking (Equations 1 to 3, 5 and 6)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ def kl_divergence(logits: Tensor, masked_logits: Tensor) -> Tensor:
     """KL(f(X) || f(X~)) of the softmax outputs, summed over the classes (Equation 6, as a divergence).
 
     Args:
-        logits: (B, classes), of the clean images: the reference distribution.
+        logits: (B, classes), of the clean images: the reference distribution; -inf for a class that is ruled out.
         masked_logits: (B, classes), of the masked images.
 
     Returns:
@@ -36,7 +37,10 @@ def kl_divergence(logits: Tensor, masked_logits: Tensor) -> Tensor:
     """
     log_p = _at_least_float32(logits).log_softmax(dim=1)
     log_q = _at_least_float32(masked_logits).log_softmax(dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    # A class that the model rules out adds 0 (0 log 0), not the NaN of -inf minus -inf.
+    is_ruled_out = log_p == -math.inf
+    log_ratio = log_p.masked_fill(is_ruled_out, 0.0) - log_q.masked_fill(is_ruled_out, 0.0)
+    return (log_p.exp() * log_ratio).sum(dim=1)
 
 
 def masked_objective(
