@@ -20,6 +20,7 @@ RUNS = {
     "uneven": {"length": 21},
     "few": {"length": 5},
     "accumulated": {"gradient_accumulation_steps": 2},
+    "loss_pass": {"kl_gradient": "masked", "saliency_score": "log_prob", "gradient_accumulation_steps": 2},
     "eval_pass": {"saliency_pass": "eval"},
     "sgt": {"method": "sgt"},
     "augmented": {"model": "cnn", "dropout": 0.0, "augments": True},
