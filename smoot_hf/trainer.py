@@ -15,6 +15,7 @@ from .budget_moves import BudgetMoves
 from .clean_pass import compiled_as_the_model, forward
 from .evaluation import evaluate_faithfulness
 from .fingerprint import dataset_fingerprint
+from .host_memory import freed_memory_kept
 from .hub_trainer import HubTrainer
 from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
@@ -118,7 +119,8 @@ class SmootTrainer(HubTrainer, IndexedTrainer, ResumableTrainer):
                 self.mask_budget.forget_visits()
         self._log_window = LogWindow()
         self._budget_moves.forget()
-        return super()._inner_training_loop(*args, **kwargs)
+        with freed_memory_kept(self.args.device.type == "cpu"):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
