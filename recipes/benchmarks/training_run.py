@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/training_run.py --dataset uoft-cs/cifar10 [--model deit-tiny] [--bf16] [--output FILE]
 
-Time: on two CPU cores six minutes (`--model resnet-18 --batch 64 --steps 8`), on a GPU one; half a minute more for
-decoding the data the first time.
+Time: half a minute on two CPU cores with `--model resnet-18 --batch 64 --steps 8`, and ten seconds more for decoding
+the data the first time.
 
 Each way trains for some steps, then the next one does, for some turns; the first two steps of each turn do not count.
 
@@ -12,8 +12,9 @@ Each way trains for some steps, then the next one does, for some turns; the firs
   smoot                   SMOOT, on the same rows.
   smoot, with_transform   SMOOT, on the plain Trainer's data.
 
-wait: share of a step that the batch takes to come, measured with the device idle before and after. Without workers
-everything that the loader does is in it. MB: most memory allocated at a time, on CUDA alone.
+plain / it: how many times as long as with the plain Trainer an image takes. wait: share of a step that the batch takes
+to come, measured with the device idle before and after; without workers it holds everything that the loader does. MB:
+most memory allocated at a time, on CUDA alone.
 """
 
 import argparse
