@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import functional as SF
 from .functional.saliency import without_autocast
@@ -99,6 +100,19 @@ def loss_pass(
     return CleanPass(outputs, logits, -gradient), ce
 
 
+def without_image_gradient(logits: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The same logits, whose backward pass ends at the weights.
+
+    A graph that has given the saliency gives the gradient of the images in every pass through it; only one that is
+    asked for the weights by name leaves it out.
+
+    Args:
+        logits: (B, classes), with the graph of the model.
+        weights: the trained parameters.
+    """
+    return _WeightsAlone.apply([logits], *weights)
+
+
 def forward(model: nn.Module, pixel_values: Tensor, other_inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """The model's own output and its logits (B, classes).
 
@@ -113,6 +127,21 @@ def forward(model: nn.Module, pixel_values: Tensor, other_inputs: Mapping[str, A
             "torch.no_grad()"
         )
     return outputs, logits
+
+
+class _WeightsAlone(torch.autograd.Function):
+    """Logits whose graph autograd does not see: `backward` asks it for the gradients of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: list[Tensor], *weights: Tensor) -> Tensor:
+        # In a list, so that no edge leads to their graph.
+        (ctx.logits,), ctx.weights = logits, weights
+        return ctx.logits.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *torch.autograd.grad(ctx.logits, ctx.weights, grad, allow_unused=True)
 
 
 class _KnownGradients(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as SF
-from .clean_pass import CleanPass, forward, loss_pass, shared_pass
+from .clean_pass import CleanPass, forward, loss_pass, shared_pass, without_image_gradient
 from .training_args import SmootTrainingArguments
 
 
@@ -53,7 +53,8 @@ def masked_step(
         other_inputs: further keyword arguments of the model.
         saliency_model: the module itself, where `model` wraps it (DDP, `torch.compile`): `saliency_pass="eval"`
             changes its modes, and a compiled `clean_pass` runs it.
-        weights: the trained parameters. With them `kl_gradient="masked"` and `saliency_score="log_prob"` take saliency
+        weights: the trained parameters. With them, and without a wrapper, the final backward pass leaves out the
+            gradient of the images. With them `kl_gradient="masked"` and `saliency_score="log_prob"` take saliency
             and gradients from one backward pass of the cross-entropy (`loss_pass`): only the sum or mean of `ce` has a
             gradient then, and the graph of `outputs` is gone.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
@@ -84,16 +85,14 @@ def masked_step(
             gradient = clean_pass(network, pixel_values, _target(labels, args), args.saliency_score, inputs).gradient
     if resize is not None:
         (gradient,) = torch.autograd.grad(resized, leaf, gradient)
+    # Behind DDP all gradients would come at once, at the end, and none be sent while others are computed. A compiled
+    # graph computes the images' gradient whoever asks.
+    if args.saliency_pass == "shared" and weights is not None and ce is None and model is network:
+        logits = without_image_gradient(logits, weights)
     if ce is None:
         ce = SF.classification_loss(logits, labels, args.label_smoothing_factor)
 
-    is_masked = SF.least_salient_mask(SF.channel_mean(gradient, args.signed_saliency), k)
-    if args.mask_fill == "mean":
-        fill = SF.mean_fill(images)
-    else:
-        noise = SF.counter_uniform(args.seed, epoch, sample_idx, tuple(images.shape[1:]))
-        fill = SF.uniform_fill(images, is_masked, noise)
-    masked = torch.where(is_masked, fill, images)
+    masked, is_masked = mask_images(images, gradient, sample_idx, k, epoch, args)
     _, masked_logits = forward(model, masked if resize is None else resize(masked), inputs)
 
     reference = logits if args.kl_gradient == "both" else logits.detach()
@@ -104,6 +103,24 @@ def masked_step(
         delta=SF.probability_shift(logits, masked_logits, args.alpha, args.top_n, args.delta_mode, labels),
         is_masked=is_masked,
     )
+
+
+def mask_images(
+    images: Tensor, gradient: Tensor, sample_idx: Tensor, k: Tensor, epoch: int, args: SmootTrainingArguments
+) -> tuple[Tensor, Tensor]:
+    """The images with their `k` pixels of least gradient replaced, and which these are: (B, C, H, W), (B, 1, H, W).
+
+    Args:
+        images: as in `masked_step`, as are the last four arguments.
+        gradient: of the score with respect to the images, (B, C, H, W).
+    """
+    is_masked = SF.least_salient_mask(SF.channel_mean(gradient, args.signed_saliency), k)
+    if args.mask_fill == "mean":
+        fill = SF.mean_fill(images)
+    else:
+        noise = SF.counter_uniform(args.seed, epoch, sample_idx, tuple(images.shape[1:]))
+        fill = SF.uniform_fill(images, is_masked, noise)
+    return torch.where(is_masked, fill, images), is_masked
 
 
 def _target(labels: Tensor, args: SmootTrainingArguments) -> Tensor | None:

@@ -13,6 +13,7 @@ from .budget_file import MASK_BUDGET_NAME
 from .budget_moves import BudgetMoves
 from .clean_pass import compiled_as_the_model, forward
 from .fingerprint import dataset_fingerprint
+from .host_memory import freed_memory_kept
 from .hub_trainer import HubTrainer
 from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
@@ -140,7 +141,8 @@ class SmootMixin(HubTrainer, IndexedTrainer, MeasuringTrainer, ResumableTrainer)
                 self.mask_budget.forget_visits()
         self._log_window = LogWindow()
         self._budget_moves.forget()
-        return super()._inner_training_loop(*args, **kwargs)
+        with freed_memory_kept(self.args.device.type == "cpu"):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -98,8 +98,9 @@ class PaperCnnForImageClassification(PreTrainedModel):
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             found = tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must be (B, C, H, W) with (C, H, W) = {expected}, got {found}")
-        features = F.relu(self.convolution_2(F.relu(self.convolution_1(pixel_values))))
-        features = self.feature_dropout(F.max_pool2d(features, 2)).flatten(1)
+        # Pooled before the ReLU, which is the same to the last bit, gradients included: a quarter of the work for it.
+        features = F.max_pool2d(self.convolution_2(F.relu(self.convolution_1(pixel_values))), 2)
+        features = self.feature_dropout(F.relu(features)).flatten(1)
         logits = self.classifier(self.classifier_dropout(F.relu(self.hidden(features))))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)

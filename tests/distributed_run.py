@@ -22,7 +22,7 @@ RUNS = {
     "uneven_accumulated": {"length": 21, "gradient_accumulation_steps": 2},
     "few_accumulated": {"length": 5, "gradient_accumulation_steps": 2},
     "eval_pass": {"saliency_pass": "eval"},
-    "loss_pass": {"kl_gradient": "masked", "saliency_score": "log_prob"},
+    "loss_pass": {"kl_gradient": "masked", "saliency_score": "log_prob", "gradient_accumulation_steps": 2},
     "sgt": {"method": "sgt"},
     "augmented": {"model": "cnn", "dropout": 0.0, "augments": True},
     "frozen_batchnorm": {"model": "resnet", "freezes": True},

@@ -190,3 +190,16 @@ def test_images_that_do_not_fit_are_refused(tmp_path):
         load_model("deit-tiny", labels=DIGITS, image_size=(32, 32), num_channels=3, from_scratch=True, patch_size=5)
     with pytest.raises(ValueError, match="patch_size=4 needs a patch-based model from scratch"):
         load_model(checkpoint, labels=DIGITS, image_size=(16, 16), num_channels=3, patch_size=4)
+
+
+def test_the_cnn_pools_before_the_relu_without_a_difference():
+    """Catches an order of pooling and ReLU that changes a prediction or a gradient, ties and zeros included."""
+    torch.manual_seed(0)
+    values = (torch.randint(-4, 5, (64, 8, 12, 12)) / 4).requires_grad_()
+    weights = torch.randn(64, 8, 6, 6)
+    results = []
+    for order in ((F.relu, lambda x: F.max_pool2d(x, 2)), (lambda x: F.max_pool2d(x, 2), F.relu)):
+        out = order[1](order[0](values))
+        results.append((out, torch.autograd.grad((out * weights).sum(), values)[0]))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

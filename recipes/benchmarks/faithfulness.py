@@ -147,14 +147,9 @@ def quantus_job(
     """Quantus' PixelFlipping with as many steps as ours."""
     import quantus
 
-    # Declared as text, taken as a number as well.
-    zero: Any = 0.0
-    metric = quantus.PixelFlipping(
-        features_in_step=images[0].numel() // steps,
-        normalise=False,
-        perturb_baseline=zero,
-        disable_warnings=True,
-    )
+    # A number is a baseline too, though its annotation says str.
+    settings: dict[str, Any] = {"perturb_baseline": 0.0, "normalise": False, "disable_warnings": True}
+    metric = quantus.PixelFlipping(features_in_step=images[0].numel() // steps, **settings)
     arrays = (values.cpu().numpy() for values in (images, targets, maps[:, None].expand_as(images)))
     x, y, a = arrays
     return lambda: metric(

@@ -44,8 +44,10 @@ Path_ = Iterator[int]
 BASELINES = {"whole path, 224": "with_transform, 224"}
 
 
-def with_transform(dataset: Dataset, data: DecodedImages, crop: Callable[[Any], Any]) -> Path_:
-    """The official example's input path, endlessly."""
+def official_example(
+    dataset: Dataset, data: DecodedImages, crop: Callable[[Any], Any]
+) -> tuple[Dataset, Callable[[list[dict[str, Any]]], dict[str, Tensor]]]:
+    """Training set and collator of the official image classification example."""
     mean, std = data.channel_statistics()
     mode = "RGB" if data.image_shape[0] == 3 else "L"
     steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(mean, std)]
@@ -59,8 +61,13 @@ def with_transform(dataset: Dataset, data: DecodedImages, crop: Callable[[Any], 
         images = torch.stack([sample["pixel_values"] for sample in samples])
         return {"pixel_values": images, "labels": torch.tensor([sample["labels"] for sample in samples])}
 
-    args = TrainingArguments(tempfile.gettempdir(), **loader_settings())
-    trainer = Trainer(make_model(data), args, collate, dataset.with_transform(transform_batch))
+    return dataset.with_transform(transform_batch), collate
+
+
+def with_transform(dataset: Dataset, data: DecodedImages, crop: Callable[[Any], Any]) -> Path_:
+    """The official example's input path, endlessly."""
+    train_dataset, collate = official_example(dataset, data, crop)
+    trainer = Trainer(make_model(data), TrainingArguments(**loader_settings()), collate, train_dataset)
     for batch in endlessly(trainer.get_train_dataloader()):
         yield len(batch["pixel_values"])
 
@@ -74,10 +81,9 @@ def rows(data: DecodedImages) -> Path_:
 
 def decoded(data: DecodedImages, prepare: Callable[[dict[str, Tensor]], object]) -> Path_:
     """Batches of `SmootTrainer`'s loader, made ready by `prepare`, endlessly."""
-    args = SmootTrainingArguments(tempfile.gettempdir(), **loader_settings())
     trainer = SmootTrainer(
         make_model(data),
-        args,
+        SmootTrainingArguments(**loader_settings()),
         train_dataset=data,
         data_collator=DecodedImages.collate,
         input_pipeline=InputPipeline(*data.channel_statistics()),
@@ -103,6 +109,7 @@ def endlessly(loader: Iterable[Any]) -> Iterator[Any]:
 def loader_settings() -> dict[str, Any]:
     """What both trainers are given."""
     return {
+        "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": BATCH,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,

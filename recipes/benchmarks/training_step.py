@@ -1,10 +1,25 @@
-"""What a training step of each method costs, as a ratio to standard training.
+"""What a training step of each method costs, as a ratio to the standard step of the same turn.
 
-    python recipes/benchmarks/training_step.py [--steps 15] [--models cnn deit-tiny] [--output FILE.json]
+    python recipes/benchmarks/training_step.py [--models cnn] [--steps 9] [--compile] [--bf16] [--output FILE.json]
 
-Time: about 4 minutes on two CPU cores. The methods take turns, step by step, so that a slow moment of the machine hits
-all of them; ratios are taken within a turn, and their median is what to quote. The cost model says 7/3 = 2.33 for sgt
-and smoot (README, "What it costs").
+Time, on two CPU cores: the CNN half a minute (a minute more with `--compile`), ResNet-18 a minute and a half, DeiT-tiny
+with `--batch 64` three minutes, at 224x224 with `--batch 16` two; at their own batch sizes four times as long.
+
+The ways take turns, step by step, so that a slow moment of the machine hits all of them; ratios are taken within a
+turn, and their median is what to quote. A step is forward, backward and AdamW; no data are loaded.
+
+  standard     the cross-entropy of one forward pass: what a plain `Trainer` does.
+  published    the published SGT step (published_sgt.py).
+  sgt, smoot   ours; 7/3 = 2.33 by the cost model (README, "What it costs").
+  masked       smoot with `kl_gradient="masked"` and `saliency_score="log_prob"`; 6/3 = 2.00.
+  compiled ..  the same with `torch_compile=True`; their ratio is to the compiled standard step (`--compile`).
+  masking      what is neither forward, backward nor optimizer in a step of smoot: ranking, mask, fill, reading and
+               moving K. Its ratio is its share of the step of smoot.
+
+On a CPU freed memory is kept, as `SmootTrainer` does in training; `--memory_as_found` leaves the C library to itself.
+
+MB: most memory that is alive at once in a step beyond what is there between steps (gradients included). On a CPU it is
+that of the tensors, and not known of compiled steps.
 """
 
 import argparse
@@ -13,70 +28,130 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from live_memory import peak_bytes
+from published_sgt import published_sgt_loss
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from smoot_hf import MaskBudget, PaperCnnConfig, PaperCnnForImageClassification, SmootTrainingArguments
 from smoot_hf import functional as SF
-from smoot_hf.masked_step import masked_step
+from smoot_hf.clean_pass import compiled_pass, shared_pass
+from smoot_hf.host_memory import freed_memory_kept
+from smoot_hf.masked_step import mask_images, masked_step
 
-Method = Literal["standard", "sgt", "smoot"]
-METHODS: tuple[Method, ...] = get_args(Method)
+Step = Callable[[], None]
 EPOCH = 0
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sgt": {"method": "sgt"},
+    "smoot": {},
+    "masked": {"kl_gradient": "masked", "saliency_score": "log_prob"},
+}
 
 
-def make_cnn() -> tuple[nn.Module, int, tuple[int, int, int]]:
-    """The paper's CNN on MNIST: model, batch size, image shape."""
-    config = PaperCnnConfig(image_size=28, num_channels=1, num_labels=10)
-    return PaperCnnForImageClassification(config), 256, (1, 28, 28)
+def make_cnn() -> nn.Module:
+    """The paper's CNN for MNIST."""
+    return PaperCnnForImageClassification(PaperCnnConfig(image_size=28, num_channels=1, num_labels=10))
 
 
-def make_deit() -> tuple[nn.Module, int, tuple[int, int, int]]:
-    """DeiT-tiny on CIFAR-10 at its native size: model, batch size, image shape."""
-    config = ViTConfig(
-        image_size=32,
-        patch_size=4,
-        hidden_size=192,
-        num_hidden_layers=12,
-        num_attention_heads=3,
-        intermediate_size=768,
-        num_labels=10,
-    )
-    return ViTForImageClassification(config), 64, (3, 32, 32)
+def make_deit(image_size: int, patch_size: int) -> nn.Module:
+    """DeiT-tiny."""
+    sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    return ViTForImageClassification(ViTConfig(image_size=image_size, patch_size=patch_size, num_labels=10, **sizes))
 
 
-MODELS = {"cnn": make_cnn, "deit-tiny": make_deit}
+def make_resnet() -> nn.Module:
+    """ResNet-18."""
+    sizes = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(num_labels=10, **sizes))
 
 
-def make_step(model: nn.Module, batch: int, shape: tuple[int, int, int], method: Method) -> Callable[[], None]:
-    """One training step without data loading: forward, backward, optimiser, K."""
-    device = next(model.parameters()).device
-    args = SmootTrainingArguments(output_dir="runs/benchmark", method=method, report_to="none")
+# Model, batch size, image shape.
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, int, int]]] = {
+    "cnn": (make_cnn, 256, (1, 28, 28)),
+    "resnet-18": (make_resnet, 256, (3, 32, 32)),
+    "deit-tiny": (lambda: make_deit(32, 4), 256, (3, 32, 32)),
+    "deit-tiny-224": (lambda: make_deit(224, 16), 64, (3, 224, 224)),
+}
+
+
+def make_steps(name: str, batch: int, device: torch.device, compiled: bool, bf16: bool) -> dict[str, Step]:
+    """One step of each way on the same model and batch."""
+    model = MODELS[name][0]().to(device).train()
+    shape = MODELS[name][2]
     images, labels = torch.randn(batch, *shape, device=device), torch.randint(10, (batch,), device=device)
     sample_idx = torch.randperm(50_000, device=device)[:batch]
-    budget = MaskBudget(50_000, shape[1:], device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    weights = list(model.parameters())
 
-    def step() -> None:
-        if method == "standard":
-            loss = SF.classification_loss(model(pixel_values=images).logits, labels).mean()
-        else:
+    def optimized(loss: Callable[[], Tensor], after: Step = lambda: None) -> Step:
+        optimizer = torch.optim.AdamW(weights, lr=1e-4)
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                total = loss()
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            after()
+
+        return step
+
+    def standard(network: nn.Module) -> Callable[[], Tensor]:
+        return lambda: SF.classification_loss(network(pixel_values=images).logits, labels).mean()
+
+    def ours(way: str, network: nn.Module, clean_pass: Any = shared_pass) -> Callable[[], Tensor]:
+        args, budget = arguments_of(way), MaskBudget(50_000, shape[1:], device=device)
+
+        def loss() -> Tensor:
             budget.begin_epoch(EPOCH)
-            result = masked_step(model, images, labels, sample_idx, budget.read(sample_idx), EPOCH, args)
-            if method == "smoot":
-                budget.update(sample_idx, result.delta, args.step_size, args.rounding)
-            loss = (result.ce + args.kl_weight * result.kl).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            step = masked_step(
+                network, images, labels, sample_idx, budget.read(sample_idx), EPOCH, args,
+                saliency_model=model, weights=weights, clean_pass=clean_pass,
+            )  # fmt: skip
+            if args.method == "smoot":
+                budget.update(sample_idx, step.delta, args.step_size, args.rounding)
+            return (step.ce + args.kl_weight * step.kl).mean()
 
-    return step
+        return loss
+
+    steps = {"standard": optimized(standard(model))}
+    steps["published"] = optimized(*published_sgt_loss(model, images, labels, mask_ratio=0.5))
+    steps |= {way: optimized(ours(way, model)) for way in SETTINGS}
+    if compiled:
+        network = torch.compile(model)
+        steps["compiled standard"] = optimized(standard(network))
+        for way in ("smoot", "masked"):
+            steps[f"compiled {way}"] = optimized(ours(way, network, compiled_pass()))
+    steps["masking"] = make_masking(images, sample_idx)
+    return steps
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
+def make_masking(images: Tensor, sample_idx: Tensor) -> Step:
+    """What SMOOT does beside its passes, on gradients of no meaning."""
+    args, budget = arguments_of("smoot"), MaskBudget(50_000, images.shape[2:], device=images.device)
+    gradient, delta = torch.randn_like(images), torch.rand(len(images), device=images.device) - 0.5
+
+    def masking() -> None:
+        budget.begin_epoch(EPOCH)
+        mask_images(images, gradient, sample_idx, budget.read(sample_idx), EPOCH, args)
+        budget.update(sample_idx, delta, args.step_size, args.rounding)
+
+    return masking
+
+
+def arguments_of(way: str) -> SmootTrainingArguments:
+    """The arguments of one of our ways."""
+    return SmootTrainingArguments(output_dir="runs/benchmark", report_to="none", **SETTINGS[way])
+
+
+def baseline_of(way: str) -> str:
+    """The step of the same turn that a way is held against."""
+    return "smoot" if way == "masking" else "compiled standard" if way.startswith("compiled") else "standard"
+
+
+def seconds(step: Step, device: torch.device) -> float:
     """Wall-clock time of one step, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -87,47 +162,64 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, steps: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Median step time, and ratio to the standard step of the same turn with its extremes, of each method."""
-    model, batch, shape = MODELS[name]()
-    model.to(device).train()
-    by_method = {method: make_step(model, batch, shape, method) for method in METHODS}
-    for step in by_method.values():
+def measure(steps: dict[str, Step], turns: int, batch: int, device: torch.device) -> dict[str, Any]:
+    """Medians with their extremes of each way's time and ratio, and its memory."""
+    for step in [*steps.values()] * 2:
         seconds(step, device)
-    turns = [{method: seconds(step, device) for method, step in by_method.items()} for _ in range(steps)]
-    results: dict[str, dict[str, float]] = {}
-    for method in METHODS:
-        ratios = [turn[method] / turn["standard"] for turn in turns]
-        median = statistics.median(turn[method] for turn in turns)
-        results[method] = {
-            "ms": 1000 * median,
-            "images_per_second": batch / median,
-            "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-        }
+    measured = [{way: seconds(step, device) for way, step in steps.items()} for _ in range(turns)]
+    results = {}
+    for way, step in steps.items():
+        ms = [1000 * turn[way] for turn in measured]
+        ratios = [turn[way] / turn[baseline_of(way)] for turn in measured]
+        hidden = way.startswith("compiled") and device.type != "cuda"
+        results[way] = {
+            "ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms),
+            "images_per_second": 1000 * batch / statistics.median(ms),
+            "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+            "peak_mb": None if hidden else peak_bytes(step, device) / 1e6,
+        }  # fmt: skip
     return results
+
+
+def print_table(name: str, batch: int, results: dict[str, Any]) -> None:
+    """A line for every way."""
+    print()
+    title = f"{name}, batch {batch}"
+    print(f"{title:<26}{'ms':>9}   {'min .. max':<20}{'img/s':>8}{'ratio':>8}   {'min .. max':<16}{'MB':>8}")
+    for way, r in results.items():
+        spread = f"{r['ms_min']:.1f} .. {r['ms_max']:.1f}"
+        ratios = f"{r['ratio']:>8.3f}   {r['ratio_min']:.3f} .. {r['ratio_max']:.3f}"
+        memory = "" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
+        print(f"  {way:<24}{r['ms']:>9.1f}   {spread:<20}{r['images_per_second']:>8.0f}{ratios:<27}{memory:>8}")
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=15, help="Turns to measure, after one to warm up (default 15).")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="What to measure.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["cnn", "resnet-18"], help="What to measure.")
+    parser.add_argument("--steps", type=int, default=9, help="Turns to measure, after two to warm up (default 9).")
+    parser.add_argument("--batch", type=int, help="Images in a step, in the place of the model's own.")
+    parser.add_argument("--only", nargs="+", help="Ways to measure beside the standard step (default: all).")
+    parser.add_argument("--compile", action="store_true", help="Measure the compiled steps as well.")
+    parser.add_argument("--bf16", action="store_true", help="Forward passes in bfloat16 where autocast says so.")
+    parser.add_argument("--memory_as_found", action="store_true", help="As where no SmootTrainer runs.")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/training_step.json"), help="JSON file.")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = {name: measure(name, arguments.steps, device) for name in arguments.models}
-    print(f"{'model':<12}{'method':<10}{'ms':>9}{'img/s':>9}{'ratio':>8}   min .. max")
-    for name, methods in results.items():
-        for method, r in methods.items():
-            times = f"{r['ms']:>9.1f}{r['images_per_second']:>9.0f}{r['ratio']:>8.2f}"
-            print(f"{name:<12}{method:<10}{times}   {r['ratio_min']:.2f} .. {r['ratio_max']:.2f}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    for name in arguments.models:
+        batch = arguments.batch or MODELS[name][1]
+        steps = make_steps(name, batch, device, arguments.compile, arguments.bf16)
+        if arguments.only:
+            wanted = {need for way in arguments.only for need in (way, baseline_of(way))} | {"standard"}
+            steps = {way: step for way, step in steps.items() if way in wanted}
+        with freed_memory_kept(device.type == "cpu" and not arguments.memory_as_found):
+            found[name] = {"batch": batch, "ways": measure(steps, arguments.steps, batch, device)}
+        print_table(name, batch, found[name]["ways"])
     settings = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    arguments.output.write_text(
-        json.dumps({"settings": settings, "steps": arguments.steps, "results": results}, indent=2)
-    )
+    settings |= {"bf16": arguments.bf16, "turns": arguments.steps, "memory_as_found": arguments.memory_as_found}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"settings": settings, "models": found}, indent=2))
     print(f"written to {arguments.output}")
 
 
