@@ -19,7 +19,7 @@ SIDE, CLASSES = 32, 4
 
 
 class Case(NamedTuple):
-    """A row of the sweep: `build()` gives a classifier of `CLASSES` classes for RGB images of `side` x `side` pixels."""
+    """A row of the sweep: `build()` gives a classifier of `CLASSES` classes for RGB images of `side` pixels squared."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -49,7 +49,7 @@ RULES: list[tuple[str, Any]] = [
 # What the rules cannot know, by model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # One shifted window.
-    **dict.fromkeys(("swin", "swinv2", "donut-swin"), {"depths": [2, 1, 1, 1], "embed_dim": 8}),
+    **{name: {"depths": [2, 1, 1, 1], "embed_dim": 8} for name in ("swin", "swinv2", "donut-swin")},
     "focalnet": {"embed_dim": 8},
     "hiera": {"embed_dim": 8},
     "hgnet_v2": {

@@ -3,8 +3,8 @@
     python tests/sweep.py --output architectures.md                 # all, a few minutes
     python tests/sweep.py --only vit swin --output architectures.md
 
-Each check is a function of a `Case`, a method and a saliency pass, and raises `Failure` in one line. `tests/test_sweep.py`
-runs them one by one; here they become the rows of a table.
+Each check is a function of a `Case`, a method and a saliency pass, and raises `Failure` in one line. Here the checks
+become the rows of a table; `tests/test_sweep.py` asks for those rows.
 """
 
 import argparse
@@ -219,7 +219,7 @@ def check_window(case: Case, method: str, saliency_pass: str, folder: Path, dtyp
 
 
 def check_gradients(ours: dict, plain: dict, dtype: torch.dtype) -> None:
-    """Of every parameter: absent in both, or equal up to rounding (of the largest gradient of all, where it is tiny)."""
+    """Of every parameter: absent in both, or equal up to rounding (where it is tiny, that of the largest of all)."""
     require(ours.keys() == plain.keys(), "the parameters have other names")
     largest = max(float(gradient.abs().max()) for gradient in plain.values() if gradient is not None)
     require(0 < largest < float("inf"), f"the largest gradient is {largest}")
@@ -245,7 +245,7 @@ def plain_loss(model: torch.nn.Module, batch: MicroBatch, args: SmootTrainingArg
         return ce, None, None
     if args.saliency_pass == "eval":
         # After the clean pass, which has updated the batch statistics.
-        network = copy.deepcopy(network_of(model)).eval()
+        network = copy.deepcopy(model).eval()
     torch.set_rng_state(batch.random_state)
     saliency = captum_methods().Saliency(LogitsModel(network))
     gradient = saliency.attribute(batch.images.clone(), target=batch.labels, abs=False).mean(dim=1)
@@ -264,14 +264,9 @@ def plain_loss(model: torch.nn.Module, batch: MicroBatch, args: SmootTrainingArg
     return ce + args.kl_weight * kl, masked, moved(batch.k, logits, masked_logits, args)
 
 
-def network_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without gradients, which have a graph that cannot be copied."""
-    for weight in model.parameters():
-        weight.grad = None if weight.grad is None else weight.grad.detach()
-    return model
-
-
-def moved(k: torch.Tensor, logits: torch.Tensor, masked_logits: torch.Tensor, args: SmootTrainingArguments) -> list[int]:
+def moved(
+    k: torch.Tensor, logits: torch.Tensor, masked_logits: torch.Tensor, args: SmootTrainingArguments
+) -> list[int]:
     """Equations 1 to 4, image by image; all classes are among the highest n."""
     positions, result = int(k[0] / MASK_RATIO), []
     for budget, clean, masked in zip(k.tolist(), logits.softmax(1), masked_logits.softmax(1), strict=True):
