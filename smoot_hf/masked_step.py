@@ -149,10 +149,13 @@ def _random_state_rewound(device: torch.device, enabled: bool) -> Iterator[None]
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the whole model in eval mode, and each module back to the mode it was found in."""
-    was_training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in was_training:
-            module.training = True
+        # Not by the flags alone: what a module keeps from its passes in eval mode (LeViT its attention biases) it drops
+        # in `train`, and would go on with in later evaluations.
+        model.train()
+        for module, training in modes:
+            module.training = training

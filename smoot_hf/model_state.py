@@ -47,6 +47,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
+        # Modules drop in `train` what they keep from passes in eval mode (LeViT its attention biases).
+        if flags[0][1]:
+            model.train()
         for module, training in flags:
             module.training = training
         for parameter, values in weights:

@@ -59,6 +59,7 @@ def load_model(
     Raises:
         ValueError: no image classifier, the images do not fit the model, or `patch_size` does not fit it.
         OSError: the checkpoint is neither a local directory nor to be had from the Hub, or its weights are torn.
+        ImportError: the architecture needs a package that is not installed.
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if patch_size is not None and patch_size < 1:
@@ -79,12 +80,15 @@ def load_model(
     if from_scratch:
         _fit_config(config, image_size, num_channels, patch_size)
     _check_channels(name, config, num_channels)
-    if from_scratch:
-        return AutoModelForImageClassification.from_config(config)
     try:
+        if from_scratch:
+            return AutoModelForImageClassification.from_config(config)
         return AutoModelForImageClassification.from_pretrained(
             _checkpoint(name), config=config, ignore_mismatched_sizes=True
         )
+    except ImportError as error:
+        reason = _first_line(error).partition(". ")[0]
+        raise ImportError(f"cannot build {name!r}, a {config.model_type!r}: {reason}. Install it first") from error
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"cannot load the weights of {name!r} ({_first_line(error)}): fetch or save them again, or train "
@@ -181,8 +185,11 @@ def _fit_config(config: Any, image_size: tuple[int, int], num_channels: int, pat
     """Set what the images decide, where the architecture has it."""
     # `from_config` iterates over this; without it deit, levit and perceiver (two classes each) fail.
     config.architectures = config.architectures or []
+    config = _vision_config(config)
     if hasattr(config, "image_size"):
-        config.image_size = _config_size(image_size)
+        # Some configurations (hiera, textnet) must have both sides.
+        is_pair = isinstance(config.image_size, list | tuple)
+        config.image_size = list(image_size) if is_pair else _config_size(image_size)
     if hasattr(config, "num_channels"):
         config.num_channels = num_channels
     if patch_size is not None and not hasattr(config, "patch_size"):
@@ -193,8 +200,13 @@ def _fit_config(config: Any, image_size: tuple[int, int], num_channels: int, pat
         raise ValueError(f"patch_size={config.patch_size} must divide the image size {image_size}: set patch_size")
 
 
+def _vision_config(config: Any) -> Any:
+    """Where a configuration says what images it takes: the part of the vision tower, if it has one."""
+    return getattr(config, "vision_config", None) or config
+
+
 def _check_channels(name: str, config: Any, num_channels: int) -> None:
-    expected = getattr(config, "num_channels", 3)
+    expected = getattr(_vision_config(config), "num_channels", 3)
     if expected != num_channels:
         raise ValueError(
             f"model {name!r} takes images of {expected} channels, the data have {num_channels}: "

@@ -1,8 +1,13 @@
 """What would train silently wrong is refused by name when the trainer is built."""
 
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer
+from transformers.utils import ModelOutput
 
 from .sample_index import has_index
 
@@ -16,6 +21,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
         ValueError: naming what is refused, the reason, and what to do instead.
     """
     _refuse_model(trainer)
+    _refuse_forward(trainer.model)
     for dataset in _evaluation_sets(trainer.eval_dataset):
         refuse_evaluation_set(trainer.args, dataset)
     if trainer.args.method != "standard":
@@ -44,6 +50,46 @@ def _refuse_model(trainer: Trainer) -> None:
         )
     if len(trainer.label_names) != 1:
         raise ValueError(f"label_names must name one key of the batch, got {trainer.label_names}")
+
+
+def _refuse_forward(model: Any) -> None:
+    """Raise where the signature of the model's forward says that no logits of images alone can come of it."""
+    try:
+        takes = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # a scripted model: nothing is known of it
+        return
+    name, main = type(model).__name__, getattr(model, "main_input_name", "pixel_values")
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if "pixel_values" not in takes and (main in takes or not takes_any):
+        raise ValueError(
+            f"{name} is refused: its forward takes {main if main in takes else next(iter(takes), 'nothing')!r}, no "
+            "'pixel_values', and saliency is a gradient with respect to images (B, C, H, W)"
+        )
+    if main == "input_ids" and main in takes:
+        raise ValueError(
+            f"{name} is refused: its main input is text ('input_ids'), and SMOOT trains classifiers of images alone"
+        )
+    if "spatial_shapes" in takes:
+        raise ValueError(
+            f"{name} is refused: its 'pixel_values' are patches with their 'spatial_shapes', and masks need images "
+            "(B, C, H, W). Wrap it in a module that takes images and cuts the patches, or take one of fixed resolution"
+        )
+    outputs = _declared_outputs(model.forward)
+    if outputs and not any(field.name == "logits" for output in outputs for field in dataclasses.fields(output)):
+        raise ValueError(
+            f"{name} is refused: its forward returns {outputs[0].__name__}, which has no 'logits'. Wrap it in a module "
+            "that returns them as ImageClassifierOutput(logits=...)"
+        )
+
+
+def _declared_outputs(forward: Callable) -> list[type]:
+    """The kinds of `ModelOutput` that a forward is annotated to return."""
+    try:
+        declared = typing.get_type_hints(forward).get("return")
+    except (NameError, TypeError):  # names that exist for type checkers only
+        return []
+    kinds = typing.get_args(declared) or (declared,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)]
 
 
 def _evaluation_sets(dataset: Any) -> list[Any]:

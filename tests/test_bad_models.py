@@ -2,6 +2,7 @@
 
 import shutil
 
+import architectures
 import pytest
 from bad_input import Case, judge, train_recipe, trainer_of
 from conftest import TinyImages, build
@@ -30,6 +31,22 @@ def returning(message, change, method="smoot"):
 
 def with_logits(change):
     return lambda logits: ImageClassifierOutput(logits=change(logits))
+
+
+class TakesX(Returns):
+    """The same, under a name that no trainer passes."""
+
+    def forward(self, x):
+        return self.inner(pixel_values=x)
+
+
+def refused(message, model_type, class_name):
+    """An architecture that is refused when the trainer is built, by what its forward takes and returns."""
+    return Case(
+        lambda folder: trainer_of(folder, architectures.build(model_type, class_name), method="standard"),
+        ValueError,
+        f"{class_name} is refused: {message}",
+    )
 
 
 def built(message, model="vit", channels=3, **overrides):
@@ -76,6 +93,15 @@ CASES = {
     "too few rows": returning(r"got torch.float32 \(1, 4\)", with_logits(lambda x: x[:1])),
     "integer logits": returning(r"must be floating point .* got torch.int64", with_logits(lambda x: x.long())),
     "detached logits": returning("logits carry no gradient", with_logits(lambda x: x.detach())),
+    "images by another name": Case(
+        lambda folder: trainer_of(folder, TakesX(None)),
+        ValueError,
+        "TakesX is refused: its forward takes 'x'",
+    ),
+    "tokens": refused("its forward takes 'input_ids', no 'pixel_values'", "imagegpt", "ImageGPTForImageClassification"),
+    "text": refused(r"its main input is text \('input_ids'\)", "shieldgemma2", "ShieldGemma2ForImageClassification"),
+    "patches": refused("its 'pixel_values' are patches with their", "siglip2", "Siglip2ForImageClassification"),
+    "no logits": refused("its forward returns Base.*no 'logits'", "pp_lcnet", "PPLCNetForImageClassification"),
     "return_dict=False": built("return_dict=False is refused.*Set model.config.return_dict", return_dict=False),
     "one class": built("at least 2 classes, got num_labels=1", "cnn", num_labels=1),
     "multi-label": built("problem_type='multi_label_classification' is", problem_type="multi_label_classification"),

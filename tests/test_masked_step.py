@@ -1,5 +1,6 @@
 """One step of Algorithm 2 does what the equations say."""
 
+import architectures
 import numpy as np
 import pytest
 import reference
@@ -9,6 +10,7 @@ from conftest import TinyImages, build
 from smoot_hf import MaskBudget
 from smoot_hf import functional as SF
 from smoot_hf.masked_step import masked_step
+from smoot_hf.model_state import untouched
 from smoot_hf.training_log import LogWindow
 
 
@@ -157,3 +159,21 @@ def test_nothing_in_a_step_waits_for_the_device(override, quick_args):
     (step.ce + step.kl).mean().backward()
     with pytest.raises(RuntimeError, match="meta"):
         step.ce.sum().item()
+
+
+@pytest.mark.parametrize("kind", ["a step", "an evaluation"])
+def test_what_a_module_keeps_of_eval_mode_is_gone_afterwards(kind, quick_args):
+    """LeViT keeps its attention biases until `train`; catches an evaluation with those of an earlier step."""
+    model, other = (architectures.build("levit", "LevitForImageClassification").train() for _ in range(2))
+    images, labels = torch.randn(3, 3, 32, 32), torch.arange(3)
+    if kind == "a step":
+        masked_step(model, images, labels, labels, torch.full((3,), 99), 0, quick_args(saliency_pass="eval"))
+    else:
+        with untouched(model):
+            model(pixel_values=images)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1
+    other.load_state_dict(model.state_dict())
+    assert model.training
+    assert torch.equal(model.eval()(pixel_values=images).logits, other.eval()(pixel_values=images).logits)
