@@ -22,7 +22,12 @@ class Family(NamedTuple):
     size: int = 32
 
 
+# Dropout and dropped paths, so that the two views must share them.
 DROPOUT = {"drop_rate": 0.1, "drop_path_rate": 0.1}
+NO_DROP_PATH = set(
+    "convmixer densenet dla dpn efficientvit_mit efficientvit_msra ghostnet hrnet inception_resnet_v2 inception_v3 "
+    "inception_v4 lcnetv2 nasnet pnasnet repghost repvit selecsls senet shvit vgg xception".split()
+)
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SWIN = {
     "img_size": 32,
@@ -205,17 +210,7 @@ FAMILIES = {
 
 
 # Families that timm gained after 1.0.24, the oldest version that is supported.
-NEWER = {
-    "cpubone",
-    "cspnext",
-    "deepseek_vit",
-    "efficientvim",
-    "gemma4_vit",
-    "iformer",
-    "lcnetv2",
-    "lowformer",
-    "qwen3_vit",
-}
+NEWER = set("cpubone cspnext deepseek_vit efficientvim gemma4_vit iformer lcnetv2 lowformer qwen3_vit".split())
 
 
 def build_family(name):
@@ -223,11 +218,10 @@ def build_family(name):
     if name not in FAMILIES:
         raise LookupError(f"timm {timm.__version__} has a family {name!r} that tests/timm_families.py does not list")
     family = FAMILIES[name]
-    config = {
-        "architecture": family.architecture,
-        "num_classes": CLASSES,
-        "model_args": DROPOUT | family.model_args,
-    }
+    model_args = DROPOUT | family.model_args
+    if name in NO_DROP_PATH:
+        del model_args["drop_path_rate"]
+    config = {"architecture": family.architecture, "num_classes": CLASSES, "model_args": model_args}
     torch.manual_seed(0)
     model = TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(config))
     draw_weights(model)
