@@ -15,19 +15,16 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 
 class Family(NamedTuple):
-    """An architecture of the family, what shrinks it, and the side of the square images it takes."""
+    """An architecture, what shrinks it, the side of the square images it takes, and whether its paths are dropped."""
 
     architecture: str
     model_args: dict
     size: int = 32
+    drop_path: bool = True
 
 
 # Dropout and dropped paths, so that the two views must share them.
 DROPOUT = {"drop_rate": 0.1, "drop_path_rate": 0.1}
-NO_DROP_PATH = set(
-    "convmixer densenet dla dpn efficientvit_mit efficientvit_msra ghostnet hrnet inception_resnet_v2 inception_v3 "
-    "inception_v4 lcnetv2 nasnet pnasnet repghost repvit selecsls senet shvit vgg xception".split()
-)
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SWIN = {
     "img_size": 32,
@@ -47,8 +44,9 @@ FAMILIES = {
     "byobnet": Family("test_byobnet", {}),
     "cait": Family("cait_xxs24_224", VIT | {"depth_token_only": 1}),
     "coat": Family("coat_tiny", {"img_size": 32, "embed_dims": [16] * 4, "serial_depths": ONES, "parallel_depth": 1}),
-    "convit": Family("convit_tiny", VIT | {"embed_dim": 4, "num_heads": 4, "local_up_to_layer": 1}),
-    "convmixer": Family("convmixer_768_32", {}),
+    # No dropped paths: its class token sees the image in the second block alone.
+    "convit": Family("convit_tiny", VIT | {"embed_dim": 4, "num_heads": 4, "local_up_to_layer": 1}, drop_path=False),
+    "convmixer": Family("convmixer_768_32", {}, drop_path=False),
     "convnext": Family("test_convnext", {"dims": WIDTHS, "depths": ONES}),
     "cpubone": Family(
         "cpubone_nano", {"width_list": [8, 8, 16, 16, 32], "depth_list": [0, 1, 1, 1, 1], "head_widths": [32, 32]}
@@ -70,9 +68,9 @@ FAMILIES = {
     "davit": Family("davit_tiny", {"depths": ONES, "embed_dims": WIDTHS, "num_heads": [1, 2, 2, 4]}),
     "deepseek_vit": Family("deepseek_vit_412m", VIT | {"img_size": 24, "mlp_ratio": 2}, 24),
     "deit": Family("deit_tiny_patch16_224", VIT),
-    "densenet": Family("densenet121", {"growth_rate": 8, "block_config": [1, 2, 2, 1]}),
-    "dla": Family("dla46_c", {"channels": [8, 8, 16, 16, 24, 32]}),
-    "dpn": Family("dpn48b", {"k_sec": ONES, "inc_sec": [8] * 4, "k_r": 32, "groups": 8}),
+    "densenet": Family("densenet121", {"growth_rate": 8, "block_config": [1, 2, 2, 1]}, drop_path=False),
+    "dla": Family("dla46_c", {"channels": [8, 8, 16, 16, 24, 32]}, drop_path=False),
+    "dpn": Family("dpn48b", {"k_sec": ONES, "inc_sec": [8] * 4, "k_r": 32, "groups": 8}, drop_path=False),
     "edgenext": Family("edgenext_xx_small", {"depths": [1, 2, 2, 2], "dims": WIDTHS, "heads": [2, 2, 2, 2]}),
     "efficientformer": Family("efficientformer_l1", {"depths": [1, 1, 1, 2], "embed_dims": WIDTHS}, 224),
     "efficientformer_v2": Family(
@@ -81,10 +79,15 @@ FAMILIES = {
     "efficientnet": Family("test_efficientnet", {}),
     "efficientvim": Family("efficientvim_m1", {"embed_dim": [16, 24, 32], "depths": [1, 1, 1]}, 64),
     "efficientvit_mit": Family(
-        "efficientvit_b0", {"widths": [8, 8, 16, 16, 32], "depths": [1] * 5, "head_dim": 8, "head_widths": [32, 32]}
+        "efficientvit_b0",
+        {"widths": [8, 8, 16, 16, 32], "depths": [1] * 5, "head_dim": 8, "head_widths": [32, 32]},
+        drop_path=False,
     ),
     "efficientvit_msra": Family(
-        "efficientvit_m0", {"img_size": 64, "embed_dim": [16, 24, 32], "depth": [1, 1, 1], "num_heads": [2, 2, 2]}, 64
+        "efficientvit_m0",
+        {"img_size": 64, "embed_dim": [16, 24, 32], "depth": [1, 1, 1], "num_heads": [2, 2, 2]},
+        64,
+        drop_path=False,
     ),
     "eva": Family("eva02_tiny_patch14_224", VIT),
     "fasternet": Family("fasternet_t0", {"embed_dim": 8, "depths": ONES, "feature_dim": 32}),
@@ -96,21 +99,21 @@ FAMILIES = {
         VIT | {"img_size": 24, "head_dim": 8, "intermediate_size": 32, "position_embedding_size": 16},
         24,
     ),
-    "ghostnet": Family("ghostnet_050", {}),
+    "ghostnet": Family("ghostnet_050", {}, drop_path=False),
     "hardcorenas": Family("hardcorenas_a", {}),
     "hgnet": Family("hgnetv2_b0", {"head_hidden_size": 32}),
     "hiera": Family("hiera_tiny_224", {"img_size": 32, "embed_dim": 8, "stages": ONES}),
     "hieradet_sam2": Family("sam2_hiera_tiny", {"embed_dim": 8, "stages": [1, 1, 2, 1], "global_att_blocks": [3]}),
-    "hrnet": Family("hrnet_w18_small", {}),
+    "hrnet": Family("hrnet_w18_small", {}, drop_path=False),
     "iformer": Family(
         "iformer_t",
         {"dims": [16, 16, 32, 32], "depths": [1, 1, 3, 3], "attn_groups": [0, 0, 1, 1]},
     ),
     "inception_next": Family("inception_next_atto", {"depths": ONES, "dims": [16, 16, 24, 32]}),
-    "inception_resnet_v2": Family("inception_resnet_v2", {}, 75),
-    "inception_v3": Family("inception_v3", {}, 75),
-    "inception_v4": Family("inception_v4", {}, 75),
-    "lcnetv2": Family("lcnetv2_small", {"scale": 0.25, "depths": ONES, "head_hidden_size": 32}),
+    "inception_resnet_v2": Family("inception_resnet_v2", {}, 75, drop_path=False),
+    "inception_v3": Family("inception_v3", {}, 75, drop_path=False),
+    "inception_v4": Family("inception_v4", {}, 75, drop_path=False),
+    "lcnetv2": Family("lcnetv2_small", {"scale": 0.25, "depths": ONES, "head_hidden_size": 32}, drop_path=False),
     "levit": Family(
         "levit_128s",
         {"img_size": 64, "embed_dim": [16, 24, 32], "key_dim": 8, "num_heads": [2, 2, 2], "depth": [1, 1, 1]},
@@ -138,7 +141,7 @@ FAMILIES = {
     "mobilevit": Family("mobilevit_xxs", {}),
     "mvitv2": Family("mvitv2_tiny", {"img_size": 32}),
     "naflexvit": Family("naflexvit_base_patch16_gap", VIT),
-    "nasnet": Family("nasnetalarge", {"stem_size": 8, "num_features": 96}),
+    "nasnet": Family("nasnetalarge", {"stem_size": 8, "num_features": 96}, drop_path=False),
     "nest": Family("nest_tiny", {"img_size": 32, "mlp_ratio": 0.25}),
     "nextvit": Family("nextvit_small", {"depths": [1, 1, 5, 1], "stem_chs": [8, 8, 8]}),
     "nfnet": Family("test_nfnet", {}),
@@ -146,25 +149,27 @@ FAMILIES = {
         "pit_ti_224",
         {"img_size": 32, "patch_size": 8, "stride": 4, "base_dims": [8] * 3, "depth": [1] * 3, "heads": [1, 2, 4]},
     ),
-    "pnasnet": Family("pnasnet5large", {}),
+    "pnasnet": Family("pnasnet5large", {}, drop_path=False),
     "pvt_v2": Family("pvt_v2_b0", {"depths": ONES, "embed_dims": WIDTHS, "num_heads": [1, 2, 2, 4]}),
     "qwen3_vit": Family("qwen3_vit_88m", VIT | {"pos_embed_grid_size": 4}),
     "rdnet": Family("rdnet_tiny", {"num_init_features": 16, "growth_rates": [8] * 7, "num_blocks_list": [1] * 7}),
-    "regnet": Family("regnety_002", {"depth": 4, "w0": 8, "wa": 5.0, "wm": 1.5, "group_size": 8, "stem_width": 8}),
-    "repghost": Family("repghostnet_050", {}),
-    "repvit": Family("repvit_m1", {"embed_dim": WIDTHS, "depth": ONES}),
+    "regnet": Family("regnety_002", {"depth": 4, "w0": 16, "wa": 10.0, "wm": 1.5, "group_size": 8, "stem_width": 8}),
+    "repghost": Family("repghostnet_050", {}, drop_path=False),
+    "repvit": Family("repvit_m1", {"embed_dim": WIDTHS, "depth": ONES}, drop_path=False),
     "res2net": Family("res2net50_26w_4s", RESNET | {"base_width": 16}),
     "resnest": Family("resnest14d", RESNET),
     "resnet": Family("test_resnet", {"channels": WIDTHS}),
     "resnetv2": Family("resnetv2_18", {"layers": ONES, "channels": WIDTHS, "stem_chs": 8}),
     "rexnet": Family("rexnet_100", {"width_mult": 0.25, "depth_mult": 0.5}),
-    "selecsls": Family("selecsls42", {}),
-    "senet": Family("legacy_seresnet18", {"layers": ONES}),
+    "selecsls": Family("selecsls42", {}, drop_path=False),
+    "senet": Family("legacy_seresnet18", {"layers": ONES}, drop_path=False),
     "sequencer": Family(
         "sequencer2d_s",
         {"img_size": 32, "layers": ONES, "embed_dims": [16, 24, 24, 24], "hidden_sizes": [4, 6, 6, 6]},
     ),
-    "shvit": Family("shvit_s1", {"embed_dim": [16, 24, 32], "depth": [1, 1, 1], "partial_dim": [8, 8, 8]}, 64),
+    "shvit": Family(
+        "shvit_s1", {"embed_dim": [16, 24, 32], "depth": [1, 1, 1], "partial_dim": [8, 8, 8]}, 64, drop_path=False
+    ),
     "sknet": Family("skresnet18", {"layers": ONES, "channels": [16, 16, 32, 32], "stem_width": 16}),
     "starnet": Family("starnet_s050", {"base_dim": 8, "depths": ONES}),
     "swiftformer": Family("swiftformer_xs", {"layers": ONES, "embed_dims": WIDTHS}),
@@ -182,7 +187,7 @@ FAMILIES = {
     "twins": Family(
         "twins_svt_small", {"img_size": 32, "embed_dims": WIDTHS, "num_heads": [1, 2, 2, 4], "depths": [2, 2, 2, 2]}
     ),
-    "vgg": Family("vgg11", {"mlp_ratio": 0.01}),
+    "vgg": Family("vgg11", {"mlp_ratio": 0.01}, drop_path=False),
     "visformer": Family("visformer_tiny", {"img_size": 32, "embed_dim": 48, "depth": [1, 1, 1], "num_heads": 2}),
     "vision_transformer": Family("vit_tiny_patch16_224", VIT),
     "vision_transformer_hybrid": Family("vit_tiny_r_s16_p8_224", VIT | {"patch_size": 1}),
@@ -194,7 +199,7 @@ FAMILIES = {
         "ese_vovnet19b_slim_dw",
         {"stem_chs": [8, 8, 8], "stage_conv_chs": WIDTHS, "stage_out_chs": WIDTHS},
     ),
-    "xception": Family("legacy_xception", {}),
+    "xception": Family("legacy_xception", {}, drop_path=False),
     "xception_aligned": Family(
         "xception41p",
         {
@@ -210,7 +215,17 @@ FAMILIES = {
 
 
 # Families that timm gained after 1.0.24, the oldest version that is supported.
-NEWER = set("cpubone cspnext deepseek_vit efficientvim gemma4_vit iformer lcnetv2 lowformer qwen3_vit".split())
+NEWER = {
+    "cpubone",
+    "cspnext",
+    "deepseek_vit",
+    "efficientvim",
+    "gemma4_vit",
+    "iformer",
+    "lcnetv2",
+    "lowformer",
+    "qwen3_vit",
+}
 
 
 def build_family(name):
@@ -219,7 +234,7 @@ def build_family(name):
         raise LookupError(f"timm {timm.__version__} has a family {name!r} that tests/timm_families.py does not list")
     family = FAMILIES[name]
     model_args = DROPOUT | family.model_args
-    if name in NO_DROP_PATH:
+    if not family.drop_path:
         del model_args["drop_path_rate"]
     config = {"architecture": family.architecture, "num_classes": CLASSES, "model_args": model_args}
     torch.manual_seed(0)
