@@ -4,6 +4,7 @@ An architecture is shrunk by arguments that it hands on; some (inception, pnasne
 A family that a newer timm brings has a row of its own that fails until it is listed.
 """
 
+import copy
 from functools import partial
 from typing import NamedTuple
 
@@ -209,6 +210,7 @@ FAMILIES = {
                 {"in_chs": 24, "out_chs": 32, "no_skip": True, "stride": 2},
             ]
         },
+        drop_path=False,
     ),
     "xcit": Family("xcit_nano_12_p8_224", VIT | {"cls_attn_layers": 1}),
 }
@@ -233,7 +235,8 @@ def build_family(name):
     if name not in FAMILIES:
         raise LookupError(f"timm {timm.__version__} has a family {name!r} that tests/timm_families.py does not list")
     family = FAMILIES[name]
-    model_args = DROPOUT | family.model_args
+    # timm writes into nested arguments that it is given.
+    model_args = DROPOUT | copy.deepcopy(family.model_args)
     if not family.drop_path:
         del model_args["drop_path_rate"]
     config = {"architecture": family.architecture, "num_classes": CLASSES, "model_args": model_args}
