@@ -243,7 +243,7 @@ def build_family(name):
     torch.manual_seed(0)
     model = TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(config))
     draw_weights(model)
-    take_batch_statistics(model, torch.randn(8, CHANNELS, family.size, family.size))
+    take_statistics(model, torch.randn(8, CHANNELS, family.size, family.size))
     return model
 
 
@@ -258,15 +258,22 @@ def draw_weights(model):
 
 
 @torch.no_grad()
-def take_batch_statistics(model, images):
-    """Let the running statistics be those of `images`: with untrained ones a deep network gives one output to all."""
+def take_statistics(model, images):
+    """Let running statistics be those of `images`, and logits vary by 1 over them.
+
+    With untrained statistics a deep network gives one output to all images, and with large logits one class is sure.
+    """
     norms = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm, _ in norms:
         norm.momentum = None
-    model.train()
-    model(images)
+    spread = model.train()(images).logits.std()
     for norm, momentum in norms:
         norm.momentum = momentum
+    heads = model.timm_model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        # Weight and bias; some heads begin with a norm.
+        for weight in list(head.parameters())[-2:]:
+            weight.div_(spread)
 
 
 def families():
