@@ -24,6 +24,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     _refuse_forward(trainer.model)
     for dataset in _evaluation_sets(trainer.eval_dataset):
         refuse_evaluation_set(trainer.args, dataset)
+    _refuse_unsavable(trainer)
     if trainer.args.method != "standard":
         _refuse_training_set(trainer.train_dataset)
         _refuse_parallelism(trainer)
@@ -156,3 +157,19 @@ def _refuse_parallelism(trainer: Trainer) -> None:
         raise ValueError(
             "even_batches=False is refused with several processes: K is shared batch by batch. Leave it away"
         )
+
+
+def _refuse_unsavable(trainer: Trainer) -> None:
+    """Raise for a weight of two names that the model does not declare as tied (timm's CoaT): no checkpoint takes it."""
+    # Where transformers itself saves: PEFT saves its adapters alone.
+    declared = vars(trainer.model).get("all_tied_weights_keys")
+    if trainer.args.save_strategy == "no" or declared is None:
+        return
+    names: dict[int, str] = {}
+    for name, weight in trainer.model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(weight), name)
+        if first != name and declared.keys().isdisjoint((first, name)):
+            raise ValueError(
+                f"{first} and {name} are one weight, which transformers does not save: each checkpoint would fail. "
+                "Take another architecture, or set save_strategy='no' and save model.state_dict() by torch.save"
+            )

@@ -115,3 +115,19 @@ def test_a_collator_that_drops_samples_is_refused(quick_trainer):
     trainer = quick_trainer(trainer_kwargs={"data_collator": drop_last})
     with pytest.raises(ValueError, match="made 7 images of 8 samples"):
         trainer.train()
+
+
+def test_a_weight_of_two_names_is_refused_where_it_would_be_saved(quick_trainer, tmp_path):
+    """Catches CoaT of timm, which trains until its first checkpoint and fails there, in any Trainer."""
+
+    def shared():
+        model = build("resnet")
+        stages = model.resnet.encoder.stages
+        stages[1].extra = stages[0].layers[0].layer[0].convolution
+        return model
+
+    with pytest.raises(ValueError, match=r"stages.0.*convolution.weight and .*stages.1.extra.weight are one weight"):
+        quick_trainer(shared(), save_strategy="steps", save_steps=2)
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        shared().save_pretrained(tmp_path / "model")
+    quick_trainer(shared())
