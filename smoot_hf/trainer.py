@@ -1,6 +1,7 @@
 """SmootTrainer: the objective of SMOOT, SGT and standard training inside the Hugging Face Trainer."""
 
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer, ResumableTrainer):
         # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
         self.label_names = self.label_names or ["labels"]
         self._log_window = LogWindow()
-        self._budgeted_dataset: Any = None
+        self._budgeted: tuple[Any, Any] = (None, None)
         self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
         self.add_callback(self._budget_moves)
         self._clean_pass = compiled_as_the_model(self.accelerator)
@@ -101,7 +102,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer, ResumableTrainer):
         dataset, collator = self.indexed_parts(self.train_dataset, "training")
         with random_state_kept():
             first = collator(dataset.__getitems__([0]))
-        self._budgeted_dataset = self.train_dataset
+        self._budgeted = weakref.ref(self.model), self.train_dataset  # weak: a search frees the model of each trial
         return MaskBudget.for_training(
             self.args, len(dataset), first["pixel_values"].shape[-2:], dataset_fingerprint(self.train_dataset)
         )
@@ -109,15 +110,17 @@ class SmootTrainer(HubTrainer, IndexedTrainer, ResumableTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
         self.args.check_smoot_fields()
-        if self.args.method != "standard" and self.train_dataset is not None:
+        if self.args.method == "standard" or self.train_dataset is None:
+            self.mask_budget = None
+        else:
             refuse_unsupported(self)
-            goes_on = self.model_init is None and self._budgeted_dataset is self.train_dataset
-            if self.mask_budget is None or not goes_on:
-                self.mask_budget = self._fresh_mask_budget()
-            else:
+            model, dataset = self._budgeted
+            if self.mask_budget is not None and model() is self.model and dataset is self.train_dataset:
                 self.mask_budget.forget_visits()
+            else:
+                self.mask_budget = self._fresh_mask_budget()
         self._log_window = LogWindow()
-        self._budget_moves.forget()
+        self._budget_moves.begin(self.accelerator)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -248,8 +251,7 @@ class SmootTrainer(HubTrainer, IndexedTrainer, ResumableTrainer):
         """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""
         budget = self.mask_budget
         assert budget is not None
-        step_size = self.args.step_in_pixels(budget.image_size)
-        moved = budget.update(sample_idx, delta, step_size, self.args.rounding)
+        moved = budget.update(sample_idx, delta, self.args.step_in_pixels(budget.image_size), self.args.rounding)
         self._log_window.add(k_up=moved > 0, k_down=moved < 0)
 
     def _classification_loss(
