@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate import Accelerator
 from transformers import Trainer
 
 from .sample_index import has_index
@@ -14,6 +15,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
         ValueError: naming what is refused, the reason, and what to do instead.
     """
     _refuse_model(trainer)
+    _refuse_precision(trainer.accelerator)
     for dataset in _evaluation_sets(trainer.eval_dataset):
         refuse_evaluation_set(trainer.args, dataset)
     if trainer.args.method != "standard":
@@ -39,6 +41,14 @@ def _refuse_model(trainer: Trainer) -> None:
         )
     if len(trainer.label_names) != 1:
         raise ValueError(f"label_names must name one key of the batch, got {trainer.label_names}")
+
+
+def _refuse_precision(accelerator: Accelerator) -> None:
+    # accelerate 1.15 says nothing of it.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "fp16=True is refused on a CPU: accelerate would train in float32 instead. Use bf16=True, or a GPU"
+        )
 
 
 def _evaluation_sets(dataset: Any) -> list[Any]:

@@ -67,4 +67,6 @@ class PlainTraining:
                 continue
             self.has_moved.add(row)
             delta = reference.probability_shift(one, other, self.args.alpha, self.args.top_n)
-            self.k[row] = reference.update_budget(self.k[row], delta, self.args.step_size, *self.bounds)
+            self.k[row] = reference.update_budget(
+                self.k[row], delta, self.args.step_size, *self.bounds, self.args.rounding
+            )

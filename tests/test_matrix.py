@@ -1,5 +1,6 @@
 """The matrix of training features holds, and what is found for one cell alone."""
 
+import gc
 from itertools import pairwise
 
 import datasets
@@ -7,9 +8,10 @@ import pytest
 import torch
 from conftest import TinyImages, build, largest_difference
 
-pytest.register_assert_rewrite("matrix", "plain_training")
+pytest.register_assert_rewrite("matrix", "matrix_row", "plain_training")
 
-from matrix import FEATURES, MODELS, Note, Row, markdown, search_two  # noqa: E402
+from matrix import FEATURES, Note, markdown, search_two  # noqa: E402
+from matrix_row import MODELS, Row  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from smoot_hf import SmootTrainer  # noqa: E402
@@ -24,17 +26,35 @@ NOTED = {
     **({} if torch.cuda.is_available() else {("fp16", name): "GPU" for name in MODELS}),
 }
 
-ignore_experiments = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    # peft 0.21 asks transformers 5.24 by the old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return {name: Row(name, tmp_path_factory.mktemp("row")) for name in MODELS}
+    # Trials and attempts collect garbage: what the libraries made on import need not be looked at every time.
+    gc.collect()
+    gc.freeze()
+    yield {name: Row(name, tmp_path_factory.mktemp("row")) for name in MODELS}
+    gc.unfreeze()
 
 
-@ignore_experiments
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("name", MODELS)
+COMPILED_QUICKLY = {"ViT", "ResNet", "paper's CNN"}
+CELLS = [
+    pytest.param(
+        name,
+        feature,
+        marks=[pytest.mark.slow] if feature == "`torch_compile`" and name not in COMPILED_QUICKLY else [],
+    )
+    for name in MODELS
+    for feature in FEATURES
+]
+
+
+@pytest.mark.parametrize(("name", "feature"), CELLS)
 def test_cell(name, feature, rows):
     """Catches a feature that trains something else with SMOOT; each cell says what it is compared with."""
     note = FEATURES[feature](rows[name])
@@ -53,7 +73,7 @@ def test_inductor_trains_the_eager_weights(name, rows, monkeypatch):
 def test_a_cell_that_does_not_hold_fails(rows, monkeypatch):
     """The cells can fail: by weights that differ in the last digits, by a K, by a step that is not the equations'."""
     row = rows["ViT"]
-    other = row.run(kl_weight=0.999)
+    other = row.run(kl_weight=0.9)
     with pytest.raises(AssertionError):
         other.require_same(row.baseline, tolerance=1e-5)
     with pytest.raises(AssertionError):
@@ -64,7 +84,7 @@ def test_a_cell_that_does_not_hold_fails(rows, monkeypatch):
     still = row.run(step_size=0)
     with pytest.raises(AssertionError):
         still.require_sound()
-    assert largest_difference(other.weights, row.baseline.weights) < 1e-2
+    assert largest_difference(other.weights, row.baseline.weights) < 0.1
 
 
 class ScaledTrainer(SmootTrainer):
@@ -75,13 +95,16 @@ class ScaledTrainer(SmootTrainer):
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-16)
 
 
-@ignore_experiments
 def test_k_stays_where_the_scaler_of_a_trial_skips_the_step(rows):
     """Catches the scaler of the accelerator that a search has left behind: K would move by steps never taken."""
     trainer = rows["ViT"].trainer(
         trainer_class=ScaledTrainer,
         trainer_kwargs={"model_init": lambda: build("vit"), "eval_dataset": TinyImages(8)},
         max_steps=12,
+        step_size=1e4,
+        rounding="floor",
+        mask_ratio_min=0.0,
+        mask_ratio_max=1.0,
     )
     states = []
 
@@ -99,7 +122,6 @@ def test_k_stays_where_the_scaler_of_a_trial_skips_the_step(rows):
         assert False in stepped
 
 
-@ignore_experiments
 def test_a_search_over_the_method_gives_each_trial_its_own_k(rows):
     """Catches K of a smoot trial logged, and saved, with one of standard training; and K that a smoot trial lacks."""
     trainer = rows["ViT"].trainer(trainer_kwargs={"model_init": lambda: build("vit"), "eval_dataset": TinyImages(8)})
