@@ -38,9 +38,14 @@ class BudgetMoves(TrainerCallback):
         """Take in a batch: (B,) rows of the training set, (B,) deltas, and the batch's loss."""
         self._waiting.append((sample_idx, torch.where(torch.isfinite(loss.detach()), delta, math.nan)))
 
-    def forget(self) -> None:
-        """Drop what waits: a training that was broken off took no step with it."""
-        self._waiting = []
+    def begin(self, accelerator: Accelerator) -> None:
+        """Begin a training: drop what waits, for one that was broken off took no step with it.
+
+        Args:
+            accelerator: of this training; each trial of a search has one, and a loss scaler, of its own.
+        """
+        self.accelerator = accelerator
+        self._waiting, self._scale = [], None
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Keep the loss scale that the step is about to be taken with."""

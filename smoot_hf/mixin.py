@@ -1,36 +1,24 @@
 """SmootMixin: the objective of SMOOT, SGT and standard training inside any Hugging Face Trainer."""
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
 
 from . import functional as SF
-from .budget_file import MASK_BUDGET_NAME
-from .budget_moves import BudgetMoves
+from .budgeted_trainer import BudgetedTrainer
 from .clean_pass import compiled_as_the_model, forward
-from .fingerprint import dataset_fingerprint
-from .host_memory import freed_memory_kept
 from .hub_trainer import HubTrainer
-from .indexed_trainer import IndexedTrainer
 from .input_pipeline import InputPipeline
-from .mask_budget import MaskBudget
 from .masked_step import masked_step
 from .measuring_trainer import MeasuringTrainer
-from .random_state import random_state_kept
 from .refusals import refuse_unsupported
 from .resumable_trainer import ResumableTrainer
 from .sample_index import SAMPLE_IDX, check_class_labels
 from .saving_trainer import make_output_dir
 from .tracking import TRACKERS, Tracking
 from .training_args import SmootTrainingArguments
-from .training_log import LogWindow
-from .whole_checkpoints import require_one_content
-
-logger = logging.get_logger(__name__)
 
 _NO_INDEX = (
     f"the training batch has no {SAMPLE_IDX!r}, by which K and augmentation are kept: train_dataset is a stream, or "
@@ -45,7 +33,7 @@ _REPLACED = {
 }
 
 
-class SmootMixin(HubTrainer, IndexedTrainer, MeasuringTrainer, ResumableTrainer):
+class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer):
     """Masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6), in any `Trainer`.
 
     `class Mine(SmootMixin, TheirTrainer)` gives SMOOT to a class that derives from `transformers.Trainer`; `Mine` takes
@@ -100,66 +88,17 @@ class SmootMixin(HubTrainer, IndexedTrainer, MeasuringTrainer, ResumableTrainer)
             args = SmootTrainingArguments.from_training_arguments(args)
         make_output_dir(args)
         self.input_pipeline = input_pipeline
-        self.mask_budget: MaskBudget | None = None
         super().__init__(model, args, *others, **more)
         # The loss below is normalised by the items of the whole accumulated batch, whatever the model declares.
         self.model_accepts_loss_kwargs = True
         # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
         self.label_names = self.label_names or ["labels"]
-        self._log_window = LogWindow()
-        self._budgeted_dataset: Any = None
-        self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
-        self.add_callback(self._budget_moves)
         self._clean_pass = compiled_as_the_model(self.accelerator)
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
-            self.mask_budget = self._fresh_mask_budget()
+            self.begin_mask_budget()
         if not TRACKERS.isdisjoint(args.report_to):
             self.add_callback(Tracking(self))
-
-    # --- the mask budget -------------------------------------------------------------------------------------------
-
-    def _fresh_mask_budget(self) -> MaskBudget:
-        """K of every training sample at its start; looks at the first sample for the size of the images."""
-        dataset, collator = self.indexed_parts(self.train_dataset, "training")
-        with random_state_kept():
-            first = collator(dataset.__getitems__([0]))
-        self._budgeted_dataset = self.train_dataset
-        return MaskBudget.for_training(
-            self.args, len(dataset), first["pixel_values"].shape[-2:], dataset_fingerprint(self.train_dataset)
-        )
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
-        self.args.check_smoot_fields()
-        if self.args.method != "standard" and self.train_dataset is not None:
-            refuse_unsupported(self)
-            goes_on = self.model_init is None and self._budgeted_dataset is self.train_dataset
-            if self.mask_budget is None or not goes_on:
-                self.mask_budget = self._fresh_mask_budget()
-            else:
-                self.mask_budget.forget_visits()
-        self._log_window = LogWindow()
-        self._budget_moves.forget()
-        with freed_memory_kept(self.args.device.type == "cpu"):
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.mask_budget is not None and self.args.should_save:
-            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.mask_budget is None:
-            return
-        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
-        if os.path.isfile(path):
-            self.mask_budget.restore(path)
-        else:
-            logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
-            self.mask_budget = self._fresh_mask_budget()
-        require_one_content(self.mask_budget.digest(), path, self.accelerator)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -268,14 +207,6 @@ class SmootMixin(HubTrainer, IndexedTrainer, MeasuringTrainer, ResumableTrainer)
 
     def _resize(self, images: Tensor) -> Tensor:
         return images if self.input_pipeline is None else self.input_pipeline.resize(images)
-
-    def _move_budget(self, sample_idx: Tensor, delta: Tensor) -> None:
-        """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""
-        budget = self.mask_budget
-        assert budget is not None
-        step_size = self.args.step_in_pixels(budget.image_size)
-        moved = budget.update(sample_idx, delta, step_size, self.args.rounding)
-        self._log_window.add(k_up=moved > 0, k_down=moved < 0)
 
     def _classification_loss(
         self, outputs: Any, labels: Tensor, ce: Tensor, num_items_in_batch: Tensor | int | None

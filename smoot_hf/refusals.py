@@ -6,6 +6,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import Accelerator
 from transformers import Trainer
 from transformers.utils import ModelOutput
 
@@ -22,6 +23,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     """
     _refuse_model(trainer)
     _refuse_forward(trainer.model)
+    _refuse_precision(trainer.accelerator)
     for dataset in _evaluation_sets(trainer.eval_dataset):
         refuse_evaluation_set(trainer.args, dataset)
     _refuse_unsavable(trainer)
@@ -91,6 +93,14 @@ def _declared_outputs(forward: Callable) -> list[type]:
         return []
     kinds = typing.get_args(declared) or (declared,)
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)]
+
+
+def _refuse_precision(accelerator: Accelerator) -> None:
+    # accelerate 1.15 says nothing of it.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "fp16=True is refused on a CPU: accelerate would train in float32 instead. Use bf16=True, or a GPU"
+        )
 
 
 def _evaluation_sets(dataset: Any) -> list[Any]:

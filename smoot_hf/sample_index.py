@@ -140,7 +140,8 @@ class IndexedCollator:
             found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
                 f"{self.label_name!r} must be one class index per sample, int64 (B,), got {found}: soft labels and "
-                "multi-label targets have no ranked change of the prediction"
+                "multi-label targets have no one class whose score is the saliency. Keep the class index where images "
+                "are mixed; label_smoothing_factor softens it"
             )
         if self.num_labels is None or (labels.min() >= 0 and labels.max() < self.num_labels):
             return

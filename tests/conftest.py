@@ -219,10 +219,10 @@ class StepRecorder:
         monkeypatch.setattr("smoot_hf.mixin.masked_step", self)
 
     def __call__(self, model, images, labels, sample_idx, k, epoch, args, **others):
+        call = {"images": images, "labels": labels, "sample_idx": sample_idx, "k": k, "epoch": epoch}
+        call["random_state"] = torch.get_rng_state()
         step = masked_step(model, images, labels, sample_idx, k, epoch, args, **others)
-        self.calls.append(
-            {"images": images, "labels": labels, "sample_idx": sample_idx, "k": k, "epoch": epoch, "step": step}
-        )
+        self.calls.append(call | {"step": step})
         return step
 
 

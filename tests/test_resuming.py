@@ -171,7 +171,7 @@ def test_smoot_goes_on_from_a_plain_trainers_checkpoint(name, tmp_path, quick_tr
     plain = plain_trainer(tmp_path, name, "plain", save_strategy="steps", save_steps=4, max_steps=4)
     plain.train()
     folder, said = str(tmp_path / "plain" / "checkpoint-4"), []
-    monkeypatch.setattr("smoot_hf.mixin.logger.warning", said.append)
+    monkeypatch.setattr("smoot_hf.budgeted_trainer.logger.warning", said.append)
     trainer = quick_trainer(name, max_steps=4, mask_ratio=0.25)
     trainer.train(resume_from_checkpoint=folder)
     assert trainer.state.global_step == 4  # there was nothing left to do

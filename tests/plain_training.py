@@ -1,0 +1,72 @@
+"""SMOOT from the equations alone, without a Trainer: the oracle that a training with any feature is held to."""
+
+import reference
+import torch
+from torch.nn import functional as F
+
+from smoot_hf import functional as SF
+
+
+class PlainTraining:
+    """Plain gradient descent on Equation 5, a K for every sample by Equation 4; mask, delta and K by `reference`.
+
+    Args:
+        model: with the weights at the start; trained in place.
+        data: with `images` (N, C, H, W) and `labels`.
+        args: of the training that is compared; SGD at a constant rate.
+    """
+
+    def __init__(self, model, data, args):
+        self.model, self.data, self.args = model.train(), data, args
+        self.pixels = data.images[0, 0].numel()
+        self.k = [int(args.mask_ratio * self.pixels)] * len(data)
+        self.bounds = [int(ratio * self.pixels) for ratio in (args.mask_ratio_min, args.mask_ratio_max)]
+        self.has_moved, self.epoch, self.losses = set(), None, []
+
+    def follow(self, calls):
+        """Take the steps whose samples, epochs and random states (dropout) are those of the recorded calls."""
+        self.has_moved, self.epoch = set(), None
+        for call in calls:
+            if call["epoch"] != self.epoch:
+                self.has_moved, self.epoch = set(), call["epoch"]
+            self.step(call["sample_idx"].tolist(), call["random_state"])
+        return self
+
+    def step(self, rows, random_state):
+        images, labels = self.data.images[rows], torch.tensor([self.data.labels[row] for row in rows])
+        leaf = images.clone().requires_grad_()
+        torch.set_rng_state(random_state)
+        logits = self.model(pixel_values=leaf).logits
+        score = sum(row[label] for row, label in zip(logits, labels, strict=True))
+        (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True)
+        assert gradient.flatten(1).any(dim=1).all(), "an image without saliency"
+        mask = torch.tensor(
+            [
+                reference.least_salient_mask(saliency.tolist(), self.k[row])
+                for row, saliency in zip(rows, gradient.mean(1), strict=True)
+            ]
+        )[:, None]
+        noise = SF.counter_uniform(self.args.seed, self.epoch, torch.tensor(rows), images.shape[1:])
+        torch.set_rng_state(random_state)
+        masked = self.model(pixel_values=torch.where(mask, SF.uniform_fill(images, mask, noise), images)).logits
+        log_p, log_q = logits.log_softmax(1), masked.log_softmax(1)
+        ce = F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing_factor)
+        loss = ce + self.args.kl_weight * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                if gradient is not None:
+                    parameter -= self.args.learning_rate * gradient
+        self.losses.append(loss.item())
+        self._move(rows, logits.tolist(), masked.tolist(), labels.tolist())
+
+    def _move(self, rows, logits, masked, labels):
+        for row, one, other in zip(rows, logits, masked, strict=True):
+            if row in self.has_moved:
+                continue
+            self.has_moved.add(row)
+            delta = reference.probability_shift(one, other, self.args.alpha, self.args.top_n)
+            self.k[row] = reference.update_budget(
+                self.k[row], delta, self.args.step_size, *self.bounds, self.args.rounding
+            )
