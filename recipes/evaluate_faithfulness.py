@@ -49,9 +49,10 @@ from smoot_hf import Convention, Faithfulness, evaluate_faithfulness
 from smoot_hf.attributions import Method
 from smoot_hf.convention import PRESETS, resolve_convention
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.environment import describe_environment
 from smoot_hf.functional.removal import Fill
 from smoot_hf.image_classes import ImageClasses, find_image_classes
-from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row, nan_notes
+from smoot_hf.results import Measurement, Results, Row, faithfulness_row, nan_notes
 from smoot_hf.sanity_check import randomized_weights_correlation
 
 COLUMNS = {

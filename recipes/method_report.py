@@ -13,7 +13,8 @@ from report import html_table, paragraphs, write_report
 from verdict import Verdict
 
 from smoot_hf import Convention
-from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row, nan_notes
+from smoot_hf.environment import describe_environment
+from smoot_hf.results import Measurement, Results, Row, faithfulness_row, nan_notes
 
 COLUMNS = {
     "accuracy": "Accuracy (%)",

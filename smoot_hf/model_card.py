@@ -16,12 +16,13 @@ from transformers.utils import logging
 from .attributions import LogitsModel, attribute
 from .card_figures import draw_budget, draw_curves, draw_saliency
 from .card_text import card_text
+from .environment import describe_environment
 from .evaluation import Faithfulness
 from .evaluation_data import data_batches
 from .fingerprint import dataset_fingerprint, hub_revision
 from .model_state import untouched
 from .published_processor import processor_agrees
-from .results import Measurement, Results, Row, describe_environment, faithfulness_row
+from .results import Measurement, Results, Row, faithfulness_row
 from .training_args import changed_arguments
 
 logger = logging.get_logger(__name__)

@@ -20,17 +20,11 @@ Schema, version 1:
 
 import json
 import math
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from .evaluation import Faithfulness
 
@@ -267,35 +261,3 @@ def _check_metric(metric: Any, place: str) -> None:
         given, true = metric[name], expected[name]
         if (given is None) != (true is None) or (given is not None and not math.isclose(given, true, rel_tol=1e-9)):
             raise ValueError(f"{place}.{name} must be {true}, which the values give, got {given}")
-
-
-def describe_environment(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Versions, the device that was computed on, and the commit of the package ("+changes" where files differ from it).
-
-    `commit` is `None` where the package does not run from a git checkout.
-    """
-    from . import __version__  # the package imports its modules before it has one
-
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "timm": version("timm"),
-        "datasets": version("datasets"),
-        "smoot_hf": __version__,
-        "device": f"{device.type}: {name}",
-        "commit": _commit(Path(__file__)),
-    }
-
-
-def _commit(source: Path) -> str | None:
-    git = ["git", "-C", str(source.parent)]
-    # Installed below some other project's checkout, the file is not one of that project's.
-    commands = ["ls-files", "--error-unmatch", source.name], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]
-    try:
-        runs = [subprocess.run([*git, *c], capture_output=True, text=True, check=True) for c in commands]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return runs[1].stdout.strip() + ("+changes" if runs[2].stdout.strip() else "")

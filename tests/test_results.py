@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from smoot_hf.convention import Convention
+from smoot_hf.environment import describe_environment
 from smoot_hf.evaluation import evaluate_faithfulness
 from smoot_hf.functional.perturbation import area_under_curve
-from smoot_hf.results import Measurement, Results, Row, describe_environment, faithfulness_row, load_results, nan_notes
+from smoot_hf.results import Measurement, Results, Row, faithfulness_row, load_results, nan_notes
 
 
 def faithfulness(seed, **convention):
@@ -149,7 +150,7 @@ def test_what_is_no_json_is_refused(tmp_path):
 
 def test_environment_names_the_commit_or_none(tmp_path):
     """Catches the commit of some other project's checkout, in which the package is merely installed."""
-    from smoot_hf.results import _commit
+    from smoot_hf.environment import _commit
 
     copied = tmp_path / "results.py"
     shutil.copy(importlib.resources.files("smoot_hf") / "results.py", copied)
