@@ -48,9 +48,20 @@ RULES: list[tuple[str, Any]] = [
 
 # What the rules cannot know, by model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    # One shifted window.
-    **{name: {"depths": [2, 1, 1, 1], "embed_dim": 8} for name in ("swin", "swinv2", "donut-swin")},
+    # One shifted window; 8x8, 4x4 and 2x2 positions, for the last stage must hold a window.
+    **{
+        name: {"depths": [2, 1, 1], "num_heads": [2, 2, 2], "embed_dim": 8}
+        for name in ("swin", "swinv2", "donut-swin")
+    },
+    # Its stages take their rate of dropped paths from as many layers as there are stages up to them.
+    "cvt": {"depth": [1, 2, 3]},
+    # 1280 times the width.
+    "efficientnet": {"hidden_dim": 320},
+    # Cross attention over 261 channels.
+    "perceiver": {"num_cross_attention_heads": 1},
     "focalnet": {"embed_dim": 8},
+    # Four convolutions of stride 2, whatever the size; a rate that is declared as a whole number.
+    "levit": {"patch_size": 16, "drop_path_rate": 0},
     "hiera": {"embed_dim": 8},
     "hgnet_v2": {
         "stem_channels": [3, 8, 8],
@@ -74,6 +85,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Larger images, where 32 pixels leave nothing for a layer to work on.
+SIDES = {"mobilevitv2": 64}
+
 
 def cases() -> Iterator[Case]:
     """One for every model class of every architecture in `MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING`."""
@@ -81,7 +95,11 @@ def cases() -> Iterator[Case]:
         for name in (names,) if isinstance(names, str) else names:
             # deit, deit/WithTeacher
             kind = name.partition("ForImageClassification")[2]
-            yield Case(f"{model_type}/{kind}" if kind else model_type, partial(build, model_type, name))
+            yield Case(
+                f"{model_type}/{kind}" if kind else model_type,
+                partial(build, model_type, name),
+                SIDES.get(model_type, SIDE),
+            )
 
 
 def build(model_type: str, class_name: str) -> nn.Module:

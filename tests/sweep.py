@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import architectures
 import captum
 import timm
+import timm_families
 import torch
 import torch.nn.functional as F
 import transformers
@@ -388,7 +389,7 @@ def row_of(case: Case) -> Row:
 
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    line = lines[0] if lines else ""
+    line = lines[0].partition(". You can")[0] if lines else ""
     return line if isinstance(error, Failure | ValueError) else f"{type(error).__name__}: {line}"
 
 
@@ -409,6 +410,7 @@ def table(rows: Iterable[Row]) -> str:
 def all_cases() -> Iterator[Case]:
     """Everything that the table has a row for."""
     yield from architectures.cases()
+    yield from (Case(*row) for row in timm_families.rows())
 
 
 def main() -> None:

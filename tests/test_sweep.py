@@ -9,6 +9,7 @@ import re
 import architectures
 import pytest
 import sweep
+import timm
 import torch
 from architectures import CLASSES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
@@ -20,6 +21,7 @@ from smoot_hf.models import load_model
 SUBSET = [
     *("vit", "deit/WithTeacher", "swin", "convnext", "resnet", "mobilenet_v2", "levit", "clip", "perceiver/Fourier"),
     *("segformer", "timm_wrapper"),
+    *("timm/resnet", "timm/efficientnet", "timm/swin_transformer", "timm/eva", "timm/mlp_mixer", "timm/repvit"),
 ]
 # What no trainer of images can train, and what the row says of it.
 REFUSED = {
@@ -27,9 +29,10 @@ REFUSED = {
     "imagegpt": r"^ImageGPT\w+ is refused: its forward takes 'input_ids', no 'pixel_values'",
     "pp_lcnet": r"^PPLCNet\w+ is refused: its forward returns BaseModelOutputWithNoAttention, which has no 'logits'",
     "shieldgemma2": r"^ShieldGemma2\w+ is refused: its main input is text",
+    "timm/coat": r"are one weight, which transformers does not save",
     "siglip2": r"^Siglip2\w+ is refused: its 'pixel_values' are patches with their 'spatial_shapes'",
 }
-CASES = {case.name: case for case in architectures.cases()}
+CASES = {case.name: case for case in sweep.all_cases()}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_an_architecture_passes_every_check_or_is_refused_by_name(name):
 def test_every_class_of_the_mapping_has_a_row():
     """Catches an architecture that is left out in silence."""
     kinds = [(n,) if isinstance(n, str) else n for n in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()]
-    assert len(CASES) == sum(map(len, kinds))
+    assert len(CASES) == sum(map(len, kinds)) + len(timm.list_modules())
     assert {*SUBSET, *REFUSED} <= CASES.keys()
 
 
