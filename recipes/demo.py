@@ -17,7 +17,9 @@ predicts itself for the whole image, since a dropped image has no label.
 """
 
 import argparse
+import hashlib
 import html
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,6 +124,26 @@ def choose_examples(test: DecodedImages) -> list[Example]:
     return [Example(test[row]["pixel_values"], test.label_names[test[row]["labels"]]) for row in rows]
 
 
+class PictureFiles:
+    """Pictures as files, deleted at the end: each is written once, and is whole when it is there.
+
+    A picture that gradio is handed as such it writes anew every time, also while a browser reads it.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="smoot-demo-")
+
+    def path_of(self, picture: Image.Image) -> str:
+        """Of the PNG file."""
+        content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+        path = Path(self._folder.name) / f"{hashlib.sha256(content).hexdigest()}.png"
+        if not path.exists():
+            with tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False) as file:
+                picture.save(file, "PNG")
+            os.replace(file.name, path)
+        return str(path)
+
+
 def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]) -> Any:
     """The page, a `gradio.Blocks`; see `launch_settings`.
 
@@ -137,11 +159,8 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
     except ImportError as error:
         raise ImportError("the demo needs gradio: pip install 'smoot-hf[demo]'") from error
     shape: Any = tuple(examples[0].pixels.shape)
-    # As files: a picture that it is handed as such, gradio writes anew for every visitor, while browsers read it.
-    folder = tempfile.TemporaryDirectory(prefix="smoot-examples-")
-    pictures = [str(Path(folder.name) / f"example-{number}.png") for number in range(len(examples))]
-    for example, path in zip(examples, pictures, strict=True):
-        enlarged(example.pixels.permute(1, 2, 0).numpy()).save(path)
+    files = PictureFiles()
+    pictures = [files.path_of(enlarged(example.pixels.permute(1, 2, 0).numpy())) for example in examples]
     labels = {name: _labels(checkpoint) for name, checkpoint in checkpoints.items()}
     colours = {name: colour for name, (colour, _) in style(list(checkpoints)).items()}
 
@@ -166,8 +185,8 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
             for name, one in found.items()
             for value in (
                 verdict(one, labels[name], step),
-                enlarged(one.pictures[step]),
-                enlarged(saliency_picture(one.attribution)),
+                files.path_of(enlarged(one.pictures[step])),
+                files.path_of(enlarged(saliency_picture(one.attribution))),
             )
         ]
         return [*columns, draw_fall(found, colours, step)]
@@ -234,8 +253,6 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
         )
         gallery.select(choose, None, image, show_progress="hidden")
         page.load(lambda: pictures[0], None, image, show_progress="hidden")
-    # Deleted with the page.
-    page.example_files = folder
     return page
 
 

@@ -195,8 +195,13 @@ def address(recipe, checkpoints, test_images):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_endpoints_give_what_was_computed(recipe, checkpoints, test_images, address, tmp_path):
-    """Fault: outputs in the wrong column, a slider that moves another image's curve, an upload that loses pixels."""
+def test_endpoints_give_what_was_computed(recipe, checkpoints, test_images, address, tmp_path, monkeypatch):
+    """Fault: outputs in the wrong column, a slider that moves another image's curve, an upload that loses pixels.
+
+    And a picture that is written over while a browser reads it, and stays broken there.
+    """
+    written_over = []
+    monkeypatch.setattr("gradio.processing_utils.save_pil_to_cache", lambda *given, **_: written_over.append(given))
     from gradio_client import Client, handle_file
 
     explanation, demo = recipe("explanation"), recipe("demo")
@@ -207,6 +212,7 @@ def test_endpoints_give_what_was_computed(recipe, checkpoints, test_images, addr
         shown = client.predict(handle_file(tmp_path / "dropped.png"), fill, removed, api_name="/explain")
         check_columns(shown, explanation, demo, checkpoints, pixels, fill, removed)
     check_columns(client.predict(70, api_name="/show"), explanation, demo, checkpoints, pixels, "mean", 70)
+    assert written_over == []
 
 
 def check_columns(shown, explanation, demo, checkpoints, pixels, fill, removed):
@@ -333,13 +339,6 @@ def test_a_person_can_choose_drop_and_remove(recipe, checkpoints, test_images, a
             )
 
     wait_for(examples[0].pixels, 0)
-    # With nothing removed the columns show the example itself, and their files are written anew for every visitor.
-    sources = "nodes => nodes.map(node => node.src)"
-    thumbnails = page.locator("#examples img").evaluate_all(sources)
-    shown = page.locator(".pixels:not(#examples) img").evaluate_all(sources)
-    assert len(thumbnails) == len(examples)
-    assert len(shown) == 1 + 2 * len(checkpoints)
-    assert not set(thumbnails) & set(shown[1:])
     before = page.locator("#curve img").get_attribute("src")
     slider = page.locator("#removed input[type=range]")
     slider.fill("30")
