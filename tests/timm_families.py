@@ -196,11 +196,11 @@ FAMILIES = {
     "vision_transformer_sam": Family("samvit_base_patch16_224", VIT | {"window_size": 2, "global_attn_indexes": [1]}),
     "vitamin": Family("vitamin_small_224", {"img_size": 32, "depth": 1}),
     "volo": Family("volo_d1_224", {"img_size": 32, "mlp_ratio": 0.5}),
-    # At 32 pixels the last stage has one position, whose features can all be off: nothing then depends on the image.
+    # No dropped paths: timm drops those of blocks without a shortcut, and nothing is left of the image.
     "vovnet": Family(
         "ese_vovnet19b_slim_dw",
         {"stem_chs": [8, 8, 8], "stage_conv_chs": WIDTHS, "stage_out_chs": WIDTHS},
-        64,
+        drop_path=False,
     ),
     "xception": Family("legacy_xception", {}, drop_path=False),
     "xception_aligned": Family(
