@@ -19,7 +19,7 @@ import timm
 import torch
 import transformers
 from conftest import CLASSES, StepRecorder, largest_difference
-from matrix_row import MODELS, Row
+from matrix_row import MODELS, RATES, Row
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import Subset, WeightedRandomSampler
@@ -49,21 +49,26 @@ def plain_formulation(row):
 
 
 def bf16(row):
-    """Losses within 3 % of fp32; the weights stay fp32."""
-    run = row.run(bf16=True).require_sound()
-    assert run.losses == pytest.approx(row.baseline.losses, rel=0.03)
+    """Losses within 3 % of fp32, 10 % behind batch statistics; the weights stay fp32."""
+    single = {"train_dataset": row.data(torch.float32)}
+    run = row.run(row.model(torch.float32), trainer_kwargs=single, bf16=True).require_sound()
+    assert run.losses == pytest.approx(row.baseline.losses, rel=0.1 if row.name in RATES else 0.03)
     assert run.losses != row.baseline.losses
     assert {weight.dtype for weight in run.weights.values()} == {torch.float32}
 
 
 def fp16(row):
-    """Losses within 3 % of fp32 on a GPU; refused on a CPU."""
+    """Losses on a GPU within 3 % of fp32, 10 % behind batch statistics; refused on a CPU."""
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="fp16=True is refused on a CPU"):
             row.trainer(fp16=True)
         return Note("GPU", "refused on a CPU, of which this table is: accelerate would train in float32 instead")
-    full, half = (row.run(fp16=fp16, use_cpu=False).require_sound() for fp16 in (False, True))
-    assert half.losses == pytest.approx(full.losses, rel=0.03)
+    single = {"train_dataset": row.data(torch.float32)}
+    full, half = (
+        row.run(row.model(torch.float32), trainer_kwargs=single, fp16=fp16, use_cpu=False).require_sound()
+        for fp16 in (False, True)
+    )
+    assert half.losses == pytest.approx(full.losses, rel=0.1 if row.name in RATES else 0.03)
     return None
 
 
@@ -170,8 +175,11 @@ def head_alone(row):
 def lora(row):
     """Adapters and head change as by the equations; the adapter alone is saved, and resumed from to the bit."""
 
-    def adapted():
+    def adapted(**config):
         model = row.model()
+        if config:
+            torch.manual_seed(0)
+            model = type(model)(type(model.config).from_dict(model.config.to_dict() | config)).to(row.dtype)
         layers = {
             name: module
             for name, module in model.named_modules()
@@ -181,23 +189,35 @@ def lora(row):
         targets = [name for name in layers if not is_head(name)]
         return get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=targets, modules_to_save=heads))
 
+    note, config = None, {}
+    if row.name == "MobileNetV2":
+        with pytest.raises(AttributeError, match="no attribute 'stride'"):
+            row.run(adapted())
+        config = {"tf_padding": False}
+        note = Note(
+            "✓",
+            "with `tf_padding=False`: that padding of MobileNetV2 asks a convolution for its stride, which PEFT hides",
+        )
     saves = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(row.folder / "lora")}
-    run = row.run(adapted(), **saves).require_sound()
-    run.require_plain(adapted())
-    changed = [name for name, start in adapted().named_parameters() if not torch.equal(run.weights[name], start)]
+    run = row.run(adapted(**config), **saves).require_sound()
+    run.require_plain(adapted(**config))
+    changed = [
+        name for name, start in adapted(**config).named_parameters() if not torch.equal(run.weights[name], start)
+    ]
     assert any("lora_A" in name for name in changed)
     assert all("lora_" in name or "modules_to_save" in name for name in changed)
     checkpoint = row.folder / "lora" / "checkpoint-2"
     assert [path.name for path in checkpoint.glob("*.safetensors") if "model" in path.name] == [
         "adapter_model.safetensors"
     ]
-    resumed = row.run(adapted(), resume=str(checkpoint), **saves)
+    resumed = row.run(adapted(**config), resume=str(checkpoint), **saves)
     resumed.require_same(run)
+    return note
 
 
 def model_init(row):
     """A second `train` is the first again, K included, and both are those of the equations."""
-    trainer = row.trainer(trainer_kwargs={"model_init": row.model})
+    trainer = row.trainer(trainer_kwargs={"model_init": lambda: row.model()})
     first, second = row.train(trainer).require_sound(), row.train(trainer)
     second.require_same(first)
     first.require_plain(row.model())
@@ -216,13 +236,13 @@ def search_two(trainer, argument, values):
 
 def search(row):
     """Both trials of a search by optuna read, step by step, the K of a training of their own."""
-    ratios, parts = [0.25, 0.75], {"model_init": row.model, "eval_dataset": Subset(row.data, range(8))}
+    ratios, parts = [0.25, 0.75], {"model_init": lambda: row.model(), "eval_dataset": Subset(row.data(), range(8))}
     trainer = row.trainer(trainer_kwargs=parts)
     with pytest.MonkeyPatch.context() as patch:
         recorder = StepRecorder(patch)
         best = search_two(trainer, "mask_ratio", ratios)
     trials = [recorder.calls[:4], recorder.calls[4:]]
-    started = [calls[0]["k"][0].item() / row.data.images[0, 0].numel() for calls in trials]
+    started = [calls[0]["k"][0].item() / row.data().images[0, 0].numel() for calls in trials]
     assert sorted(started) == ratios
     assert best.hyperparameters["mask_ratio"] in ratios
     for ratio, calls in zip(started, trials, strict=True):
@@ -289,9 +309,11 @@ def workers(row):
 
 def persistent_workers(row):
     """Batches of workers that live on into the second epoch are those of the equations."""
-    # Two whole epochs: workers that are left in the midst of one take seconds to end.
-    run = row.run(dataloader_num_workers=2, dataloader_persistent_workers=True, max_steps=6).require_sound()
-    assert run.trainer.callback_handler.train_dataloader.persistent_workers
+    run = row.run(dataloader_num_workers=2, dataloader_persistent_workers=True).require_sound()
+    loader = run.trainer.callback_handler.train_dataloader
+    assert loader._iterator._persistent_workers
+    # In good order; where the garbage collector ends the workers, torch waits five seconds for each.
+    loader._iterator._shutdown_workers()
     assert run.calls[-1]["epoch"] == 1
     # Not compared with the baseline: torch draws a seed from the random state, hence another dropout, for new workers.
     run.require_plain(row.model())
