@@ -48,8 +48,19 @@ RULES: list[tuple[str, Any]] = [
 
 # What the rules cannot know, by model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    # One shifted window.
-    **{name: {"depths": [2, 1, 1, 1], "embed_dim": 8} for name in ("swin", "swinv2", "donut-swin")},
+    # Two stages, the last of them wider than a window; one shifted window.
+    **{
+        name: {"depths": [2, 1], "num_heads": [2, 2], "embed_dim": 8, "window_size": 2}
+        for name in ("swin", "swinv2", "donut-swin")
+    },
+    # Four convolutions of stride 2, whatever the patch_size says; a rate that is declared as a whole number.
+    "levit": {"patch_size": 16, "drop_path_rate": 0},
+    # The stage counts as a layer where the rate of its layers is looked up: it must have as many.
+    "cvt": {"depth": [1, 2, 3]},
+    # The last of the widths that the coefficient gives, in two places.
+    "efficientnet": {"width_coefficient": 0.1, "hidden_dim": 128},
+    # 261 channels of pixels and Fourier features are one head's.
+    "perceiver": {"num_cross_attention_heads": 1},
     "focalnet": {"embed_dim": 8},
     "hiera": {"embed_dim": 8},
     "hgnet_v2": {
