@@ -48,20 +48,20 @@ RULES: list[tuple[str, Any]] = [
 
 # What the rules cannot know, by model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    # One shifted window; 8x8, 4x4 and 2x2 positions, for the last stage must hold a window.
+    # Two stages, the last of them wider than a window; one shifted window.
     **{
-        name: {"depths": [2, 1, 1], "num_heads": [2, 2, 2], "embed_dim": 8}
+        name: {"depths": [2, 1], "num_heads": [2, 2], "embed_dim": 8, "window_size": 2}
         for name in ("swin", "swinv2", "donut-swin")
     },
-    # Its stages take their rate of dropped paths from as many layers as there are stages up to them.
+    # Four convolutions of stride 2, whatever the patch_size says; a rate that is declared as a whole number.
+    "levit": {"patch_size": 16, "drop_path_rate": 0},
+    # The stage counts as a layer where the rate of its layers is looked up: it must have as many.
     "cvt": {"depth": [1, 2, 3]},
-    # 1280 times the width.
-    "efficientnet": {"hidden_dim": 320},
-    # Cross attention over 261 channels.
+    # The last of the widths that the coefficient gives, in two places.
+    "efficientnet": {"width_coefficient": 0.1, "hidden_dim": 128},
+    # 261 channels of pixels and Fourier features are one head's.
     "perceiver": {"num_cross_attention_heads": 1},
     "focalnet": {"embed_dim": 8},
-    # Four convolutions of stride 2, whatever the size; a rate that is declared as a whole number.
-    "levit": {"patch_size": 16, "drop_path_rate": 0},
     "hiera": {"embed_dim": 8},
     "hgnet_v2": {
         "stem_channels": [3, 8, 8],

@@ -9,6 +9,7 @@ checks become the rows of a table; `tests/test_sweep.py` asks for those rows.
 
 import argparse
 import copy
+import gc
 import math
 import sys
 import tempfile
@@ -117,9 +118,11 @@ def images_of(case: Case, length: int, dtype: torch.dtype) -> TinyImages:
     return data
 
 
-def trainer_of(case: Case, method: str, saliency_pass: str, folder: Path, dtype: torch.dtype) -> Recorder:
+def trainer_of(
+    case: Case, method: str, saliency_pass: str, folder: Path, dtype: torch.dtype, **others: Any
+) -> Recorder:
     """A trainer of the fresh model."""
-    settings = {"method": method, "saliency_pass": saliency_pass, "output_dir": str(folder)}
+    settings = {"method": method, "saliency_pass": saliency_pass, "output_dir": str(folder)} | others
     args, data = SmootTrainingArguments(**ARGUMENTS | settings), images_of(case, SAMPLES, dtype)
     return Recorder(fresh(case, dtype), args, train_dataset=data, eval_dataset=images_of(case, 5, dtype))
 
@@ -281,7 +284,8 @@ def captum_saliency(model, images, target, abs: bool) -> torch.Tensor:
 def check_resumed(case: Case, whole: Recorder) -> None:
     """Resumed at step 3, a training ends where the uninterrupted one did: weights, buffers and K, bit for bit."""
     args, folder = whole.args, Path(whole.args.output_dir)
-    resumed = trainer_of(case, args.method, args.saliency_pass, folder, whole.batches[0].images.dtype)
+    dtype = whole.batches[0].images.dtype
+    resumed = trainer_of(case, args.method, args.saliency_pass, folder, dtype, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     require(len(resumed.batches) == 4, f"{len(resumed.batches)} micro-batches were trained after resuming, not 4")
     for kind in ("named_parameters", "named_buffers"):
@@ -360,6 +364,8 @@ def row_of(case: Case) -> Row:
     reason = refusal(case)
     if reason is not None:
         return Row(case.name, kind, parameters, dict.fromkeys(COLUMNS, "refused"), reason, 0.0)
+    # Every training collects garbage: two thirds of the time of a sweep, were it to look at all that is imported.
+    gc.freeze()
     notes: list[str] = []
     marks = dict.fromkeys(COLUMNS, "yes")
 
