@@ -1,6 +1,7 @@
 """Fixtures: tiny models built from a configuration and tiny data sets made in memory; no test touches the network."""
 
 # ruff: noqa: E402 - the environment must be set before the libraries read it
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -28,6 +29,12 @@ settings.register_profile("smoot", deadline=None, max_examples=40, derandomize=T
 settings.load_profile("smoot")
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Every training collects garbage: most of the time of a tiny one, were it to look at all that is imported."""
+    gc.freeze()
+
 
 import pytest
 from torch.utils.data import Dataset
