@@ -1,7 +1,7 @@
 """Weights of a checkpoint whose names are not the model's own.
 
 `save_pretrained` writes many architectures (ViT, DeiT, ...) under the names of their Hub checkpoints, which
-`from_pretrained` translates. The Trainer of transformers 5.17 to 5.23 does not: it loads what matches and warns of the
+`from_pretrained` translates. The Trainer of transformers 5.17 to 5.24 does not: it loads what matches and warns of the
 rest, so that a resumed training, or the best model at the end, keeps most of the weights it happened to have
 (huggingface/transformers issue 43701).
 """

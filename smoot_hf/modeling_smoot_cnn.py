@@ -97,7 +97,10 @@ class PaperCnnForImageClassification(PreTrainedModel):
         expected = (self.config.num_channels, *self.config.image_height_width)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             found = tuple(pixel_values.shape)
-            raise ValueError(f"pixel_values must be (B, C, H, W) with (C, H, W) = {expected}, got {found}")
+            raise ValueError(
+                f"pixel_values must be (B, C, H, W) with (C, H, W) = {expected}, got {found}: resize the images, or "
+                "build the model with their image_size"
+            )
         # Pooled before the ReLU, which is the same to the last bit, gradients included: a quarter of the work for it.
         features = F.max_pool2d(self.convolution_2(F.relu(self.convolution_1(pixel_values))), 2)
         features = self.feature_dropout(F.relu(features)).flatten(1)

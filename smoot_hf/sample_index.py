@@ -148,9 +148,12 @@ class IndexedCollator:
         bad = [
             (row, label) for row, label in zip(rows, labels.tolist(), strict=True) if not 0 <= label < self.num_labels
         ]
+        remedy = "Build the model with num_labels= the number of classes of the data"
+        if bad[0][1] < 0:
+            remedy = "Leave out the samples without a label"
         raise ValueError(
             f"{self.label_name!r} must lie in [0, {self.num_labels - 1}], the model's classes; training sample "
-            f"{bad[0][0]} has {bad[0][1]}. Build the model with num_labels= the number of classes of the data"
+            f"{bad[0][0]} has {bad[0][1]}. {remedy}"
         )
 
 

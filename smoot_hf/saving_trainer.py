@@ -57,8 +57,10 @@ def first_line(error: BaseException) -> str:
     # Requests of the Hub's client have their number on a line of its own.
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
     lines = lines or [type(error).__name__]
-    cause = "" if error.__cause__ is None or len(lines) > 1 else f" ({first_line(error.__cause__)})"
-    return lines[0].strip().rstrip(".:") + cause
+    line = lines[0].strip().rstrip(".:")
+    if error.__cause__ is None or len(lines) > 1 or first_line(error.__cause__) in line:
+        return line
+    return f"{line} ({first_line(error.__cause__)})"
 
 
 def _free(folder: str) -> str:

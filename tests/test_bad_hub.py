@@ -110,7 +110,7 @@ def recipe(*flags):
 
 
 CASES = {
-    "unreachable": (None, Case(push, PushError, f"'{NAME}' .*Connection refused.*{REMEDY}")),
+    "unreachable": (None, Case(push, PushError, f"'{NAME}' .*\\(\\[Errno 111\\] Connection refused\\): {REMEDY}")),
     "401": pushed("401 Unauthorized", MAKE, 401),
     "403": pushed("403 Forbidden", MAKE, 403),
     "404": pushed("404 Not Found", MAKE, 404),

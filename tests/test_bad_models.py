@@ -112,7 +112,7 @@ CASES = {
     "cnn of another image size": Case(
         lambda folder: trainer_of(folder, build("cnn"), TinyImages(size=12)).train(),
         ValueError,
-        r"\(C, H, W\) = \(3, 8, 8\), got \(8, 3, 12, 12\)",
+        r"\(C, H, W\) = \(3, 8, 8\), got \(8, 3, 12, 12\): resize",
     ),
     "faithfulness of a tuple": Case(
         lambda _: evaluate_faithfulness(Returns(lambda logits: (logits,)), TinyImages(4)),
