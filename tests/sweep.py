@@ -364,8 +364,6 @@ def row_of(case: Case) -> Row:
     reason = refusal(case)
     if reason is not None:
         return Row(case.name, kind, parameters, dict.fromkeys(COLUMNS, "refused"), reason, 0.0)
-    # Every training collects garbage: two thirds of the time of a sweep, were it to look at all that is imported.
-    gc.freeze()
     notes: list[str] = []
     marks = dict.fromkeys(COLUMNS, "yes")
 
@@ -425,6 +423,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of architectures")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    # Every training collects garbage: two thirds of the time, were it to look at all that is imported.
+    gc.freeze()
     rows = []
     for case in all_cases():
         if options.only and case.name not in options.only and case.name.partition("/")[0] not in options.only:
