@@ -39,8 +39,9 @@ RULES: list[tuple[str, Any]] = [
     (r"num_groups|window_size|num_register_tokens", 2),
     (r"num_latents", 4),
     (r"groups_width|key_dim", 8),
-    (r"depth_multiplier|depth_coefficient", 0.1),
-    (r"width_coefficient|width_multiplier|scale", 0.25),
+    (r"depth_multiplier|depth_coefficient|width_multiplier", 0.1),
+    (r"expand_ratio", 2.0),
+    (r"scale", 0.25),
     (r".*(dropout|dropout_prob|drop_path_rate|dropout_rate|drop_rate|drop_connect_rate|drop_mlp_rate)", 0.1),
     (r"initializer_range", 0.25),
     (r"(layer_scale|layerscale)(_init)?_value", 0.5),
@@ -59,8 +60,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cvt": {"depth": [1, 2, 3]},
     # The last of the widths that the coefficient gives, in two places.
     "efficientnet": {"width_coefficient": 0.1, "hidden_dim": 128},
-    # 261 channels of pixels and Fourier features are one head's.
-    "perceiver": {"num_cross_attention_heads": 1},
+    # 261 channels of pixels and Fourier features are one head's; each pixel has hundreds, so there are few pixels.
+    "perceiver": {"num_cross_attention_heads": 1, "image_size": 16},
+    # Four pixels are left of 32 x 32, a patch; by a stride of 32, one.
+    "mobilevitv2": {"output_stride": 16},
     "focalnet": {"embed_dim": 8},
     "hiera": {"embed_dim": 8},
     "hgnet_v2": {
@@ -85,8 +88,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Larger images, where 32 pixels leave nothing for a layer to work on.
-SIDES = {"mobilevitv2": 64}
+
+# Side of the images in pixels, where it is another.
+SIDES = {"perceiver": 16}
 
 
 def cases() -> Iterator[Case]:
@@ -95,11 +99,8 @@ def cases() -> Iterator[Case]:
         for name in (names,) if isinstance(names, str) else names:
             # deit, deit/WithTeacher
             kind = name.partition("ForImageClassification")[2]
-            yield Case(
-                f"{model_type}/{kind}" if kind else model_type,
-                partial(build, model_type, name),
-                SIDES.get(model_type, SIDE),
-            )
+            row = f"{model_type}/{kind}" if kind else model_type
+            yield Case(row, partial(build, model_type, name), SIDES.get(model_type, SIDE))
 
 
 def build(model_type: str, class_name: str) -> nn.Module:

@@ -134,13 +134,12 @@ def trained(case: Case, method: str, saliency_pass: str, folder: Path, dtype: to
     return trainer
 
 
-def window_dtype(case: Case) -> torch.dtype:
+def widest_dtype(case: Case) -> torch.dtype:
     """float64 where the architecture lets us, so that what is compared differs by next to nothing; else float32."""
-    model = fresh(case, torch.float64)
     try:
-        return model(pixel_values=images_of(case, 2, torch.float64).images).logits.dtype
+        return fresh(case, torch.float64)(pixel_values=images_of(case, 3, torch.float64).images).logits.dtype
     except RuntimeError:
-        return torch.float32
+        return fresh(case, torch.float32)(pixel_values=images_of(case, 3, torch.float32).images).logits.dtype
 
 
 def require(holds: Any, message: str) -> None:
@@ -374,7 +373,7 @@ def row_of(case: Case) -> Row:
             marks[column] = "no"
             notes.append(f"{column}: {first_line(error)}")
 
-    dtype = attempt("shared", window_dtype, case)
+    dtype = attempt("shared", widest_dtype, case)
     if dtype is torch.float32:
         notes.append("compared in float32: it has float32 inside")
     for method, saliency_pass in SETTINGS:

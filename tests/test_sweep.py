@@ -19,7 +19,17 @@ from smoot_hf import functional as SF
 from smoot_hf.models import load_model
 
 SUBSET = [
-    *("vit", "deit/WithTeacher", "swin", "convnext", "resnet", "mobilenet_v2", "levit", "clip", "perceiver/Fourier"),
+    *(
+        "vit",
+        "deit/WithTeacher",
+        "swin",
+        "convnext",
+        "resnet",
+        "mobilenet_v2",
+        "levit",
+        "clip",
+        "perceiver/ConvProcessing",
+    ),
     *("segformer", "timm_wrapper"),
     *("timm/resnet", "timm/efficientnet", "timm/swin_transformer", "timm/eva", "timm/mlp_mixer", "timm/repvit"),
 ]
