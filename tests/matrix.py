@@ -1,15 +1,17 @@
 """The matrix of training features: every kind of model with every feature, each cell a comparison that can fail.
 
-    PYTHONPATH=. python tests/matrix.py        prints the table as Markdown, in about two minutes on one core
+    python tests/matrix.py --output tests/FEATURES.md      the table as Markdown, in about two minutes on one core
 
 A cell is a function of a `Row` (one kind of model). It raises where the feature does not hold, returns `None` where it
 does, and a `Note` where the model cannot have it: the note is only returned once the stated refusal has been seen.
 """
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple
 
 import optuna
@@ -375,7 +377,10 @@ def markdown(marks):
 
 
 def main():
-    """Print the table; a cell that does not hold ends it."""
+    """Print the table, or write it; a cell that does not hold ends it."""
+    parser = argparse.ArgumentParser(description="Train every kind of model with every feature of the Trainer")
+    parser.add_argument("--output", type=Path, help="Markdown file for the table")
+    options = parser.parse_args()
     marks = {}
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
@@ -384,7 +389,10 @@ def main():
                 sys.stderr.write(f"{name}: {feature}\n")
                 marks[feature, name] = check(row)
     versions = [f"{module.__name__} {module.__version__}" for module in (torch, transformers, timm, peft, optuna)]
-    sys.stdout.write(f"{markdown(marks)}\n\n{', '.join(versions)}; {datetime.now(UTC):%Y-%m-%d}.\n")
+    table = f"{datetime.now(UTC):%Y-%m-%d}; {', '.join(versions)}.\n\n{markdown(marks)}\n"
+    sys.stdout.write(table)
+    if options.output:
+        options.output.write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":
