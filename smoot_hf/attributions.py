@@ -65,9 +65,9 @@ class LogitsModel(nn.Module):
         """Logits of normalised images: (B, C, H, W) -> (B, classes)."""
         if self.resize is not None:
             images = self.resize(images)
-        # Not every vision model of transformers takes the pixels first.
-        name = getattr(self.model, "main_input_name", None)
-        output = self.model(images) if name is None else self.model(**{name: images})
+        # By name: not every model of transformers takes the pixels first, or says in `main_input_name` what it takes.
+        is_of_transformers = hasattr(self.model, "main_input_name")
+        output = self.model(pixel_values=images) if is_of_transformers else self.model(images)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None:
             raise TypeError(f"model must return a tensor or an output with .logits, got {type(output).__name__}")

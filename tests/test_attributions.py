@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperConfig,
@@ -19,6 +20,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from smoot_hf import functional as SF
 from smoot_hf.attributions import NOISE_LEVEL, LogitsModel, attribute, captum_methods
@@ -237,6 +239,26 @@ def test_resizing_is_differentiated_through():
     images, target, rows = batch(side=4)
     model = LogitsModel(modular(), lambda native: F.interpolate(native, (8, 8), mode="bilinear"))
     assert attribute(model, images, target, rows).shape == (3, 4, 4)
+
+
+class OwnModel(PreTrainedModel):
+    """As people write one: `main_input_name` is left at its default, and the pixels do not come first."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, labels=None, pixel_values=None):
+        return ImageClassifierOutput(logits=self.head(pixel_values.mean(dim=(2, 3))))
+
+
+def test_a_model_of_ones_own_gets_its_images_by_name():
+    """Catches images passed as input_ids: a model that trains, and fails when it is evaluated."""
+    images = torch.randn(2, 3, 4, 4)
+    model = OwnModel(ViTConfig())
+    assert torch.equal(LogitsModel(model)(images), model.head(images.mean(dim=(2, 3))))
 
 
 def test_captum_is_imported_late():

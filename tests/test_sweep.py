@@ -31,7 +31,7 @@ SUBSET = [
         "perceiver/ConvProcessing",
     ),
     *("segformer", "timm_wrapper"),
-    *("timm/resnet", "timm/efficientnet", "timm/swin_transformer", "timm/eva", "timm/mlp_mixer", "timm/repvit"),
+    *("timm/resnet", "timm/efficientnet", "timm/swin_transformer", "timm/eva", "timm/convnext", "timm/repvit"),
 ]
 # What no trainer of images can train, and what the row says of it.
 REFUSED = {
