@@ -3,8 +3,8 @@
     accelerate launch recipes/train_digits.py [--method smoot|sgt|standard]
 
 Time: 10 s of training on two CPU cores.
-Expected: 98.61 +- 0.73 % test accuracy on one thread (n = 3; sgt 97.31 +- 1.43, standard 99.17 +- 0.00); K min/median/max
-12 / 17.3 / 45 of 64 pixels. On two: 98.06 +- 0.28 (sgt 97.96 +- 0.42, standard 99.26 +- 0.16).
+Expected, n = 3, on one thread: 98.61 +- 0.73 % test accuracy (sgt 97.31 +- 1.43, standard 99.17 +- 0.00); K
+min/median/max 12 / 17.3 / 45 of 64 pixels. On two threads 98.06 +- 0.28 (97.96 +- 0.42, 99.26 +- 0.16).
 
 A first look at the library, not a data set of the paper: 1,437 training and 360 test images of 8x8 pixels.
 
