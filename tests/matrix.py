@@ -389,7 +389,8 @@ def main():
                 sys.stderr.write(f"{name}: {feature}\n")
                 marks[feature, name] = check(row)
     versions = [f"{module.__name__} {module.__version__}" for module in (torch, transformers, timm, peft, optuna)]
-    table = f"{datetime.now(UTC):%Y-%m-%d}; {', '.join(versions)}.\n\n{markdown(marks)}\n"
+    stamp = f"{datetime.now(UTC):%Y-%m-%d}; {', '.join(versions)}."
+    table = f"# Training features\n\nWritten by `tests/matrix.py`, {stamp}\n\n{markdown(marks)}\n"
     sys.stdout.write(table)
     if options.output:
         options.output.write_text(table, encoding="utf-8")

@@ -400,7 +400,7 @@ def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown, with the versions and the date."""
     versions = {"transformers": transformers, "timm": timm, "torch": torch, "captum": captum}
     stamp = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
-    lines = [f"{date.today():%Y-%m-%d}; {stamp}.", ""]
+    lines = ["# Models", "", f"Written by `tests/sweep.py`, {date.today():%Y-%m-%d}; {stamp}.", ""]
     header = ("architecture", "class", "parameters", *COLUMNS, "note")
     lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in rows:
