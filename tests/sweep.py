@@ -1,6 +1,6 @@
 """The sweep: whether an architecture trains with SMOOT, checked end to end on a tiny model of it.
 
-    python tests/sweep.py --output tests/MODELS.md             # all, a quarter of an hour
+    python tests/sweep.py --output tests/MODELS.md             # all, most of an hour
     python tests/sweep.py --only vit swin timm/resnet
 
 Each check is a function of a `Case` and of the trainer that has trained it, and raises `Failure` in one line. Here the
