@@ -167,30 +167,24 @@ def measure(
     checkpoint: Checkpoint, test: DecodedImages, convention: Convention, options: argparse.Namespace
 ) -> Faithfulness:
     """All curves by one convention."""
-    return evaluate_faithfulness(
-        checkpoint.model,
-        test,
-        convention=convention,
-        input_pipeline=checkpoint.pipeline,
-        batch_size=options.batch_size,
-        autocast_dtype=autocast_dtype(options),
-        seed=options.seed,
-    )
+    return evaluate_faithfulness(checkpoint.model, test, convention=convention, **common(checkpoint, options))
 
 
 def image_classes(
     checkpoint: Checkpoint, test: DecodedImages, convention: Convention, options: argparse.Namespace
 ) -> ImageClasses:
     """Classes I and II by one convention."""
-    return find_image_classes(
-        checkpoint.model,
-        test,
-        convention=convention,
-        input_pipeline=checkpoint.pipeline,
-        batch_size=options.batch_size,
-        autocast_dtype=autocast_dtype(options),
-        seed=options.seed,
-    )
+    return find_image_classes(checkpoint.model, test, convention=convention, **common(checkpoint, options))
+
+
+def common(checkpoint: Checkpoint, options: argparse.Namespace) -> dict[str, Any]:
+    """What holds for every measurement."""
+    return {
+        "input_pipeline": checkpoint.pipeline,
+        "batch_size": options.batch_size,
+        "autocast_dtype": autocast_dtype(options),
+        "seed": options.seed,
+    }
 
 
 def autocast_dtype(options: argparse.Namespace) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 
@@ -10,6 +11,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 # Where glibc's own adaptation ends in every process that has freed a block of this size.
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 _DEFAULT_MMAP_MAX = 65536
+# Whoever has set one of these has decided for the whole process.
+_DECIDED_BY = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "GLIBC_TUNABLES",
+)
 
 
 @contextlib.contextmanager
@@ -21,9 +30,9 @@ def freed_memory_kept(enabled: bool = True) -> Iterator[None]:
     at once as standard training: the next step faults every page in again, whatever the number of threads.
 
     Args:
-        enabled: does nothing otherwise, as on systems without glibc.
+        enabled: does nothing otherwise, as on systems without glibc, and where the environment sets glibc's allocator.
     """
-    if not enabled or platform.libc_ver()[0] != "glibc":
+    if not enabled or platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _DECIDED_BY):
         yield
         return
     libc = ctypes.CDLL(None)

@@ -8,6 +8,7 @@ import datasets
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from .models import vision_config
 from .sample_index import IndexedCollator, IndexedDataset, has_index
 
 
@@ -32,7 +33,8 @@ class IndexedTrainer(Trainer):
         else:
             collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
         config = getattr(self.model, "config", None)
-        num_labels, num_channels = (getattr(config, name, None) for name in ("num_labels", "num_channels"))
+        num_labels = getattr(config, "num_labels", None)
+        num_channels = getattr(vision_config(config), "num_channels", None)
         uint8 = self.input_pipeline is not None
         indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8)
         return IndexedDataset(dataset), indexed

@@ -53,10 +53,10 @@ def masked_step(
         other_inputs: further keyword arguments of the model.
         saliency_model: the module itself, where `model` wraps it (DDP, `torch.compile`): `saliency_pass="eval"`
             changes its modes, and a compiled `clean_pass` runs it.
-        weights: the trained parameters. With them, and without a wrapper, the final backward pass leaves out the
-            gradient of the images. With them `kl_gradient="masked"` and `saliency_score="log_prob"` take saliency
-            and gradients from one backward pass of the cross-entropy (`loss_pass`): only the sum or mean of `ce` has a
-            gradient then, and the graph of `outputs` is gone.
+        weights: the trained parameters, if the passes may be cut down to what they need. Where nothing wraps the model,
+            the final backward pass then leaves out the gradient of the images. `kl_gradient="masked"` with
+            `saliency_score="log_prob"` takes saliency and gradients from one backward pass of the cross-entropy
+            (`loss_pass`): only the sum or mean of `ce` has a gradient then, and the graph of `outputs` is gone.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
 
     Raises:

@@ -185,7 +185,7 @@ def _fit_config(config: Any, image_size: tuple[int, int], num_channels: int, pat
     """Set what the images decide, where the architecture has it."""
     # `from_config` iterates over this; without it deit, levit and perceiver (two classes each) fail.
     config.architectures = config.architectures or []
-    config = _vision_config(config)
+    config = vision_config(config)
     if hasattr(config, "image_size"):
         # Some configurations (hiera, textnet) must have both sides.
         is_pair = isinstance(config.image_size, list | tuple)
@@ -200,13 +200,13 @@ def _fit_config(config: Any, image_size: tuple[int, int], num_channels: int, pat
         raise ValueError(f"patch_size={config.patch_size} must divide the image size {image_size}: set patch_size")
 
 
-def _vision_config(config: Any) -> Any:
+def vision_config(config: Any) -> Any:
     """Where a configuration says what images it takes: the part of the vision tower, if it has one."""
     return getattr(config, "vision_config", None) or config
 
 
 def _check_channels(name: str, config: Any, num_channels: int) -> None:
-    expected = getattr(_vision_config(config), "num_channels", 3)
+    expected = getattr(vision_config(config), "num_channels", 3)
     if expected != num_channels:
         raise ValueError(
             f"model {name!r} takes images of {expected} channels, the data have {num_channels}: "

@@ -31,11 +31,6 @@ settings.load_profile("smoot")
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
-    """Every training collects garbage: most of the time of a tiny one, were it to look at all that is imported."""
-    gc.freeze()
-
-
 import pytest
 from torch.utils.data import Dataset
 from transformers import (
@@ -51,6 +46,16 @@ from smoot_hf import PaperCnnConfig, PaperCnnForImageClassification, SmootTraine
 from smoot_hf.masked_step import masked_step
 
 SIZE, CHANNELS, CLASSES = 8, 3, 4
+
+
+def pytest_collection_finish():
+    """Every training collects garbage: most of the time of a tiny one, were it to look at all that is imported."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Let the interpreter clear up after itself: extension modules complain of what is left."""
+    gc.unfreeze()
 
 
 class TinyImages(Dataset):

@@ -109,6 +109,13 @@ CASES = {
     "vit of other channels": built("takes images of 3 channels, 'pixel_values' have 1", channels=1),
     "resnet of other channels": built("takes images of 3 channels, 'pixel_values' have 4", "resnet", channels=4),
     "cnn of other channels": built("takes images of 3 channels.*num_channels=1", "cnn", channels=1),
+    "clip of other channels": Case(
+        lambda folder: trainer_of(
+            folder, architectures.build("clip", "CLIPForImageClassification"), TinyImages(channels=1)
+        ),
+        ValueError,
+        "takes images of 3 channels, 'pixel_values' have 1",
+    ),
     "cnn of another image size": Case(
         lambda folder: trainer_of(folder, build("cnn"), TinyImages(size=12)).train(),
         ValueError,
