@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from smoot_hf.attributions import LogitsModel
 from smoot_hf.convention import Convention
 from smoot_hf.evaluation import evaluate_faithfulness
+from smoot_hf.functional.perturbation import CPU_CHUNK
 from smoot_hf.functional.removal import even_fractions
 from smoot_hf.model_state import untouched
 from smoot_hf.models import load_model
@@ -111,10 +112,10 @@ def jobs(name: str, count: int, batch_size: int, device: torch.device) -> dict[s
     data = InMemory(images, targets)
     convention = Convention(measure="probability", fill="zero", fractions=even_fractions(steps))
 
-    def forward(state: contextlib.AbstractContextManager[None]) -> None:
+    def forward(state: contextlib.AbstractContextManager[None], block_size: int) -> None:
         with state, torch.no_grad():
             for _ in range(steps + 1):
-                for block in images.split(batch_size):
+                for block in images.split(block_size):
                     model(block)
 
     def evaluate(curves: tuple[Any, ...]) -> None:
@@ -123,9 +124,10 @@ def jobs(name: str, count: int, batch_size: int, device: torch.device) -> dict[s
 
         evaluate_faithfulness(model, data, attribution, convention=convention, curves=curves, batch_size=batch_size)
 
+    block_size = min(batch_size, CPU_CHUNK) if device.type == "cpu" else batch_size
     timed: dict[str, Callable[[], object]] = {
-        "forward": lambda: forward(contextlib.nullcontext()),
-        "floor": lambda: forward(untouched(model)),
+        "forward": lambda: forward(contextlib.nullcontext(), batch_size),
+        "floor": lambda: forward(untouched(model), block_size),
         "deletion": lambda: evaluate(()),
         "both": lambda: evaluate(("insertion",)),
     }

@@ -16,7 +16,7 @@ Measure = Literal["accuracy", "probability", "output"]
 
 # The activations of more images than this leave the caches of a CPU: on one core, 256 images by 64 took the paper's CNN
 # two thirds, and DeiT-tiny on 32x32 three quarters, of their time as a single batch.
-_CPU_CHUNK = 64
+CPU_CHUNK = 64
 
 # images (M, C, H, W) -> outputs (M, classes): logits wherever a probability is measured.
 Score = Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ def _run(score: Score, images: Tensor, fill: Tensor, ranks: Tensor, counts: list
     removed = torch.tensor(counts, device=images.device)
     jobs = torch.arange(len(images) * len(counts), device=images.device)
     if images.device.type == "cpu":
-        chunk_size = min(chunk_size, _CPU_CHUNK)
+        chunk_size = min(chunk_size, CPU_CHUNK)
     outputs = []
     with torch.no_grad():
         for job in jobs.split(chunk_size):
