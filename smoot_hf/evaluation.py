@@ -158,7 +158,7 @@ def evaluate_faithfulness(
         model: any image classifier: of `transformers`, timm's wrapper, or a module that returns logits.
         dataset: map-style, with rows of `pixel_values` (C, H, W) and `labels` (or `label`); see `data_batches`.
         attribution: a method of `attributions.attribute`, or a function (model, images (B, C, H, W), target (B,)) ->
-            (B, H, W). Default: the convention's, the gradient.
+            (B, H, W) of any real type. Default: the convention's, the gradient.
         steps: even steps between the convention's end points. Default: as the convention says.
         fill: what replaces a removed pixel. Default: as the convention says.
         convention: `"default"`: accuracy, magnitude of the logit's gradient, corner fill, 0 to 100 % by 10. `"paper"`:

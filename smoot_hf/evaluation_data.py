@@ -12,13 +12,14 @@ from transformers.utils import logging
 from .attributions import LogitsModel, attribute, needs_gradient
 from .convention import Convention
 from .functional import class_score, counter_uniform, input_saliency
+from .functional.masking import ranking_key
 from .functional.perturbation import check_attribution
 from .functional.removal import removal_fill
 from .model_state import model_device, model_dtype
 
 logger = logging.get_logger(__name__)
 
-# (model, images (B, C, H, W), target (B,)) -> (B, H, W): an attribution of the caller's own.
+# (model, images (B, C, H, W), target (B,)) -> (B, H, W) of any real type: an attribution of the caller's own.
 AttributionFunction = Callable[[LogitsModel, Tensor, Tensor], Tensor]
 
 # Keeps the noise of a uniform fill apart from that of the random ranking, which has the same seed and samples.
@@ -51,7 +52,8 @@ class RankedBatch(DataBatch):
     @property
     def is_flat(self) -> Tensor:
         """Bool (B,): the attribution has one value everywhere, and ranks nothing."""
-        low, high = self.attribution.flatten(1).aminmax(dim=1)
+        # Unsigned integers have no minimum in torch, their ranking keys have.
+        low, high = ranking_key(self.attribution).flatten(1).aminmax(dim=1)
         return low == high
 
 
@@ -171,7 +173,7 @@ def rank_batch(
 
     Raises:
         ValueError: a label that is no class of the model, or an attribution that is no tensor, has another shape than
-            (B, H, W), or has no gradient to be made of.
+            (B, H, W), is complex, or has no gradient to be made of.
     """
     by_gradient = attribution is None and convention.attribution == "gradient"
     score, signed = convention.score or "logit", bool(convention.signed)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .attributions import AttributionScore, LogitsModel, Method, attribute
 from .evaluation_data import autocast, data_batches
+from .functional.masking import ranking_key
 from .functional.removal import check_choice
 from .model_state import model_device, untouched
 
@@ -141,13 +142,16 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's rank correlation of two maps of each image; equal values share the mean of their ranks.
 
     Args:
-        a: (B, H, W).
-        b: (B, H, W).
+        a: (B, H, W) of any real type.
+        b: (B, H, W) of any real type.
 
     Returns:
         float64 (B,) on the CPU, in [-1, 1]; NaN where a map is constant or holds a NaN.
+
+    Raises:
+        ValueError: complex values.
     """
-    x, y = (_mean_ranks(values.flatten(1).cpu().double()) for values in (a, b))
+    x, y = (_mean_ranks(ranking_key(values).flatten(1).cpu()) for values in (a, b))
     x, y = (ranks - ranks.mean(dim=1, keepdim=True) for ranks in (x, y))
     correlation = (x * y).sum(dim=1) / (x.square().sum(dim=1) * y.square().sum(dim=1)).sqrt()
     is_nan = a.isnan().flatten(1).any(dim=1) | b.isnan().flatten(1).any(dim=1)
@@ -156,6 +160,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def _mean_ranks(values: Tensor) -> Tensor:
     """(B, P) -> (B, P): how many values are smaller, plus half of how many others are equal."""
+    # Half-precision types cannot be searched; float64 holds them and float32 exactly.
+    values = values.double() if values.is_floating_point() else values
     ordered = values.sort(dim=1).values
     smaller = torch.searchsorted(ordered, values, right=False)
     not_larger = torch.searchsorted(ordered, values, right=True)

@@ -384,6 +384,21 @@ def test_nan_attributions_are_counted_and_left_out(monkeypatch):
         evaluate_faithfulness(model, data, nan_in(set(range(6))))
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.float16], ids=str
+)
+def test_attributions_of_every_real_dtype_measure_the_same(dtype):
+    """Fault: a segmentation or a heat map as it is stored crashes the evaluation, or is ranked upside down."""
+
+    def stored(dtype):
+        return lambda model, images, target: (images.mean(1) > 0).to(dtype)
+
+    expected = evaluate_faithfulness(small_model(), rows(), stored(torch.float32), steps=3)
+    found = evaluate_faithfulness(small_model(), rows(), stored(dtype), steps=3)
+    for name in ("deletion", "insertion", "least_salient_first"):
+        assert torch.equal(getattr(found, name).sample_auc, getattr(expected, name).sample_auc)
+
+
 class Detached(nn.Module):
     """Its logits are cut off from everything."""
 
@@ -419,6 +434,10 @@ class Blind(nn.Module):
         ({"attribution": lambda m, i, t: i}, r"attribution must have shape \(10, 6, 6\)"),
         ({"attribution": lambda m, i, t: i.flatten(1).sum(1)}, r"attribution must have shape \(10, 6, 6\)"),
         ({"attribution": lambda m, i, t: i[:, 0].numpy()}, "attribution must return a tensor .* got a ndarray"),
+        (
+            {"attribution": lambda m, i, t: i[:, 0].to(torch.complex64)},
+            "attribution must hold real numbers, got torch.com",
+        ),
         ({"model": Detached()}, "gradient cannot explain Detached: its logits have no gradient"),
         ({"model": Detached(), "attribution": "smooth_grad"}, "smooth_grad cannot explain Detached"),
         ({"model": Blind()}, "gradient cannot explain Blind: its logits have no gradient"),

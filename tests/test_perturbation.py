@@ -5,10 +5,12 @@ import importlib.util
 import math
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smoot_hf.functional import least_salient_mask
 from smoot_hf.functional.perturbation import (
     area_under_curve,
     deletion_curve,
@@ -134,6 +136,71 @@ def test_ranks_are_a_stable_permutation_with_nan_last(size, seed, levels, most_f
     for b in range(size[0]):
         for turn, (row, column) in enumerate(slow_order(attribution[b].tolist(), order)):
             assert ranks[b, row, column] == turn
+
+
+# float8_e5m2 and float8_e4m3fn hold so few values that ties are the rule; the others get their extreme values.
+REAL_DTYPES = [
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32),
+    *(torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+]
+
+
+@st.composite
+def maps_of_any_dtype(draw):
+    """An attribution (1, H, W) of a real type whose values, from a small pool with the extremes, tie often."""
+    dtype = draw(st.sampled_from(REAL_DTYPES))
+    if dtype == torch.bool:
+        pool = [False, True]
+    elif dtype.is_floating_point:
+        low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+        pool = [low, -1.5, -0.0, 0.0, 0.125, 2.0, high, math.nan]
+    else:
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        # Neighbours at the ends: as float32, or float64 for 64 bits, they would be one.
+        pool = [low, low + 1, 0, 1, 2, high // 2, high // 2 + 1, high - 1, high]
+    height, width = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    rows = st.lists(st.sampled_from(pool), min_size=width, max_size=width)
+    values = draw(st.lists(rows, min_size=height, max_size=height))
+    if dtype.is_floating_point:
+        return torch.tensor([values], dtype=torch.float64).to(dtype)
+    return torch.tensor([values], dtype=dtype)
+
+
+@given(maps_of_any_dtype(), st.integers(0, 16))
+def test_attributions_of_every_real_dtype_rank_as_their_values(attribution, k):
+    """Fault: -attribution of unsigned integers wraps, so that 0 is removed first; booleans have no minus at all."""
+    values = attribution[0].tolist()
+    for order in ("most_salient_first", "least_salient_first"):
+        ranks = removal_ranks(attribution, order)
+        for turn, (row, column) in enumerate(slow_order(values, order)):
+            assert ranks[0, row, column] == turn
+    mask = least_salient_mask(attribution, torch.tensor([k]))
+    assert mask[0, 0].tolist() == reference.least_salient_mask(values, k)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_curves_of_an_attribution_of_every_real_dtype(dtype):
+    """Fault: a heat map or a segmentation as it comes gives other curves than the same numbers in float64."""
+    images = torch.randn(3, 2, 4, 4, generator=generator(0))
+    numbers = torch.randint(0, 2 if dtype == torch.bool else 5, (3, 4, 4), generator=generator(1))
+    fixed = (torch.tensor([0, 1, 0]), even_fractions(4), torch.zeros(1))
+    for curve in (deletion_curve, insertion_curve):
+        found = curve(pixel_sum, images, numbers.to(dtype), *fixed, measure="output")
+        assert torch.equal(found, curve(pixel_sum, images, numbers.double(), *fixed, measure="output"))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_attributions_are_refused(dtype):
+    """Fault: an error from deep inside torch, where the attribution is of a type that has no order."""
+    attribution = torch.zeros(1, 2, 2, dtype=dtype)
+    fixed = (torch.tensor([0]), [0.0, 1.0], torch.zeros(1))
+    for curve in (deletion_curve, insertion_curve):
+        with pytest.raises(ValueError, match=f"attribution must hold real numbers, got {dtype}"):
+            curve(pixel_sum, torch.zeros(1, 1, 2, 2), attribution, *fixed)
+    with pytest.raises(ValueError, match="only real numbers can be ranked"):
+        removal_ranks(attribution)
+    with pytest.raises(ValueError, match="only real numbers can be ranked"):
+        least_salient_mask(attribution, torch.tensor([1]))
 
 
 # --- by hand -------------------------------------------------------------------------------------------------------

@@ -57,6 +57,21 @@ def test_rank_correlation_at_its_ends():
     assert rank_correlation(a, broken).isnan().all()
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bool, torch.uint64, torch.int64, torch.float16, torch.bfloat16], ids=str
+)
+def test_rank_correlation_of_every_dtype(dtype):
+    """Fault: a type that torch cannot search or negate, or integers above 2**53 that become one number."""
+    high = torch.iinfo(dtype).max if dtype in (torch.uint8, torch.uint64, torch.int64) else 1
+    pool = torch.tensor([0, 0 if high == 1 else high - 1, high], dtype=dtype)
+    first, second = [0, 1, 2, 2, 1, 0, 2, 0], [0, 1, 2, 2, 0, 2, 2, 1]
+    # The same order in small numbers, which SciPy does not round.
+    small = [0, 0, 2] if high == 1 else [0, 1, 2]
+    expected = spearmanr([small[i] for i in first], [small[i] for i in second]).statistic
+    a, b = (pool[torch.tensor(chosen)].reshape(1, 2, 4) for chosen in (first, second))
+    assert float(rank_correlation(a, b)) == pytest.approx(expected, abs=1e-12)
+
+
 def test_full_randomisation_changes_the_map():
     """Catches weights that are kept, or drawn as the model's own seed drew them, and a judged model that is changed."""
     judged = model().train()

@@ -12,6 +12,36 @@ _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
 
 
+def ranking_key(values: Tensor, descending: bool = False) -> Tensor:
+    """Numbers that sort upwards in the order of the values, with NaN behind every number.
+
+    A map of unsigned integers cannot be negated (0 stays 0 and 1 becomes 255), one of booleans not at all, and not
+    every type can be sorted on every device. Floating-point values are kept or negated; integers and booleans become
+    int64, in which the bitwise complement turns the order round and cannot overflow.
+
+    Args:
+        values: any shape and any real type: floating point, signed or unsigned integers, booleans.
+        descending: whether the largest value comes first.
+
+    Returns:
+        The same shape, on the same device, in a floating-point type or int64. Equal values stay equal.
+
+    Raises:
+        ValueError: complex values, which have no order.
+    """
+    if values.is_complex():
+        raise ValueError(f"only real numbers can be ranked, got values of {values.dtype}: take .abs() or .real")
+    if values.is_floating_point():
+        # Below two bytes nothing can be negated or sorted.
+        values = values.float() if values.itemsize < 2 else values
+        return -values if descending else values
+    if values.dtype == torch.uint64:
+        # The upper half does not fit into int64: with the highest bit turned over, the signed order is the unsigned.
+        values = values.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    values = values.to(torch.int64)
+    return ~values if descending else values
+
+
 def least_salient_mask(saliency: Tensor, k: Tensor) -> Tensor:
     """The k positions of least saliency of each image, exactly k of them.
 
@@ -19,14 +49,17 @@ def least_salient_mask(saliency: Tensor, k: Tensor) -> Tensor:
     ranks above every number and is masked last.
 
     Args:
-        saliency: (B, H, W) floating point.
+        saliency: (B, H, W) of any real type.
         k: (B,) integers, the number of positions to mask, between 0 and H*W.
 
     Returns:
         bool (B, 1, H, W), `True` = the pixel is replaced, in all channels.
+
+    Raises:
+        ValueError: complex saliency.
     """
     batch, height, width = saliency.shape
-    order = saliency.reshape(batch, -1).argsort(dim=1, stable=True)
+    order = ranking_key(saliency).reshape(batch, -1).argsort(dim=1, stable=True)
     in_budget = torch.arange(height * width, device=saliency.device) < k[:, None]
     is_masked = torch.empty_like(in_budget).scatter_(1, order, in_budget)
     return is_masked.reshape(batch, 1, height, width)

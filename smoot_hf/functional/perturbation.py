@@ -108,13 +108,15 @@ def measure_outputs(outputs: Tensor, target: Tensor, measure: Measure) -> Tensor
 
 
 def check_attribution(images: Tensor, attribution: Tensor) -> None:
-    """Raise a ValueError unless there is one value per position of every image: (B, H, W) for (B, C, H, W)."""
+    """Raise a ValueError unless there is one real number per position of every image: (B, H, W) for (B, C, H, W)."""
     expected = (images.shape[0], *images.shape[2:])
     if tuple(attribution.shape) != expected:
         raise ValueError(
             f"attribution must have shape {expected}, one value per position of the images {tuple(images.shape)}, "
             f"got {tuple(attribution.shape)}"
         )
+    if attribution.is_complex():
+        raise ValueError(f"attribution must hold real numbers, got {attribution.dtype}: take .abs() or .real")
 
 
 def _check_inputs(images: Tensor, attribution: Tensor, target: Tensor) -> None:
@@ -143,7 +145,7 @@ def deletion_curve(
     Args:
         score: (M, C, H, W) -> outputs (M, classes).
         images: (B, C, H, W).
-        attribution: (B, H, W) floating point; NaN is removed last.
+        attribution: (B, H, W) of any real type; NaN is removed last.
         target: int64 (B,), the class that is followed.
         fractions: S+1 rising fractions in [0, 1]; the point at `f` has floor(f * H * W) positions removed.
         fill: broadcastable to the images, for example from `removal_fill`.
@@ -156,7 +158,8 @@ def deletion_curve(
         (B, S+1), one curve per sample, in float32 or wider.
 
     Raises:
-        ValueError: shapes that do not match, no image, a single class, or an argument out of range.
+        ValueError: shapes that do not match, no image, a complex attribution, a single class, or an argument out of
+            range.
     """
     _check_inputs(images, attribution, target)
     ranks = removal_ranks(attribution, order)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masking import mean_fill, uniform_fill
+from .masking import mean_fill, ranking_key, uniform_fill
 
 Order = Literal["most_salient_first", "least_salient_first"]
 Fill = Literal["corner", "mean", "zero", "uniform", "blur"]
@@ -75,18 +75,18 @@ def removal_ranks(attribution: Tensor, order: Order = "most_salient_first") -> T
     The sort is stable, so that ties go row by row in both orders. NaN has no rank: it is removed last in both.
 
     Args:
-        attribution: (B, H, W) floating point.
+        attribution: (B, H, W) of any real type; integers and booleans rank as their values.
         order: what is removed first.
 
     Returns:
         int64 (B, H, W), each sample a permutation of 0 .. H*W - 1.
 
     Raises:
-        ValueError: an unknown order.
+        ValueError: an unknown order, or a complex attribution.
     """
     check_choice("order", order, Order)
     # torch sorts NaN behind every number, so both orders sort upwards.
-    key = -attribution if order == "most_salient_first" else attribution
+    key = ranking_key(attribution, descending=order == "most_salient_first")
     turns = key.flatten(1).argsort(dim=1, stable=True)
     position = torch.arange(turns.shape[1], device=turns.device).expand_as(turns)
     return torch.empty_like(turns).scatter_(1, turns, position).reshape(attribution.shape)
