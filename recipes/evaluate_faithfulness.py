@@ -8,7 +8,7 @@ folder: results.json, table.md, curves_<attribution>.png and classes_<attributio
 
 Time: ten seconds for the digits; grows with images x attributions x fills x 40 forward passes.
 
-What the numbers mean (in percent, in brackets the 95 % bootstrap interval over the images; the convention stands below
+What the numbers mean (in percent, in brackets the 95 % interval over the images; the convention stands below
 the table and in results.json):
 
   AUC             area under the share of images still correct while the positions that the attribution ranks highest

@@ -177,7 +177,7 @@ def write_method_report(
         "Difference of AUC, negative: the first is better; models of one seed start from the same weights and are "
         "compared image by image. The interval is Student's t over the seeds: it excludes zero where the difference is "
         "beyond the noise. By pair: in how many of the seeds the difference is beyond the noise of the test images, by "
-        "a paired bootstrap."
+        "the 95 % interval of the paired differences."
     )
     paper = PAPER.get(
         str(settings["recipe"]), "The paper gives no AUC for this data set to stand beside these numbers."

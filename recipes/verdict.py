@@ -1,6 +1,5 @@
 """The verdict: whether one training method's area is lower than another's by more than the noise."""
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,13 +7,8 @@ from typing import Literal
 
 from smoot_hf import Faithfulness, compare_faithfulness
 from smoot_hf.comparison import PairedDifference
+from smoot_hf.intervals import mean_interval
 from smoot_hf.results import Measurement, Row
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 30 on the last serves, a little too wide.
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclass(frozen=True)
@@ -38,17 +32,15 @@ class Verdict:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean difference over seeds, by Student's t; `None` for a single seed."""
-        values = list(self.measurement.values.values())
-        if len(values) < 2:
-            return None
-        half = _T[min(len(values) - 2, len(_T) - 1)] * statistics.stdev(values) / len(values) ** 0.5
-        mean = statistics.fmean(values)
-        return mean - half, mean + half
+        """95 % interval of the mean difference over seeds, by Student's t.
+
+        `None` for a single seed, and for differences that are all the same, which say nothing about their spread.
+        """
+        return mean_interval(list(self.measurement.values.values()))
 
     @property
     def outcome(self) -> Literal["lower", "higher", "not to be told apart", "unknown"]:
-        """Of the first method's area, beyond the noise of the seeds; "unknown" with a single seed."""
+        """Of the first method's area, beyond the noise of the seeds; "unknown" where there is no interval."""
         if self.interval is None:
             return "unknown"
         low, high = self.interval

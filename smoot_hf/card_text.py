@@ -95,9 +95,7 @@ def _reading(number: int, row: Row) -> list[str]:
     for detail in row.details["by_seed"].values():
         if detail["deletion"]["interval"]:
             low, high = detail["deletion"]["interval"]
-            sentences.append(
-                f"[{number}] 95 % bootstrap interval of the deletion AUC over the images: {low:.2f} to {high:.2f}."
-            )
+            sentences.append(f"[{number}] 95 % interval of the deletion AUC over the images: {low:.2f} to {high:.2f}.")
     if "random_auc" in row.metrics and row.metrics["deletion_auc"].mean >= row.metrics["random_auc"].mean:
         sentences.append(
             f"[{number}] **The deletion AUC is not below that of a random order: in this convention the saliency "

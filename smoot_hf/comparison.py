@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .bootstrap import bootstrap_interval
 from .evaluation import Faithfulness
+from .intervals import mean_interval
 
 Compared = Literal["deletion", "insertion", "least_salient_first"]
 
@@ -18,8 +18,9 @@ class PairedDifference:
 
     Attributes:
         difference: mean over the images; for deletion, negative means that the first is better.
-        interval: its 95 % bootstrap interval over the images; `None` for a single image. One that excludes zero says
-            that these two checkpoints differ on such images, not that their training methods do: that takes seeds.
+        interval: its 95 % interval over the images, see `intervals.mean_interval`; `None` for a single image and where
+            all differences are the same. One that excludes zero says that these two checkpoints differ on such images,
+            not that their training methods do: that takes seeds.
         lower: share of the images, in percent, on which the first has the smaller area.
         higher: the same for the larger area; the rest are ties.
         n: images that both measured.
@@ -65,7 +66,7 @@ def compare_faithfulness(a: Faithfulness, b: Faithfulness, curve: Compared = "de
     difference = areas[0][rows_a] - areas[1][rows_b]
     return PairedDifference(
         difference=float(difference.mean()),
-        interval=bootstrap_interval(difference, a.seed),
+        interval=mean_interval(difference, (-a.largest_auc, a.largest_auc)),
         lower=100 * float((difference < 0).double().mean()),
         higher=100 * float((difference > 0).double().mean()),
         n=len(difference),

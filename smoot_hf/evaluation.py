@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .attributions import LogitsModel, Method
-from .bootstrap import bootstrap_interval
 from .convention import Convention, resolve_convention
 from .evaluation_data import AttributionFunction, RankedBatch, autocast, data_batches, rank_batch, without_nan
 from .functional import counter_uniform
 from .functional.perturbation import area_under_curve, deletion_curve, insertion_curve
 from .functional.removal import Fill, removed_counts
+from .intervals import mean_interval
 from .model_state import model_device, untouched
 
 # What can be measured beside the deletion curve.
@@ -31,7 +31,8 @@ class Curve:
     Attributes:
         values: float64 (S+1,), the mean over the images.
         sample_auc: float64 (n,), the area under each image's own curve; their mean is `auc`.
-        interval: 95 % bootstrap interval of `auc` over the images; `None` for a single image.
+        interval: 95 % interval of `auc` over the images, see `intervals.mean_interval`; `None` for a single image and
+            for areas that are all the same, short of 0 and of the largest possible.
     """
 
     values: Tensor
@@ -104,6 +105,11 @@ class Faithfulness:
         return None if self.random is None else self.random.auc
 
     @property
+    def largest_auc(self) -> float:
+        """Area under a curve that stays at 100 %: 100, or 100 times the span of the fractions, by the convention."""
+        return _largest_area(self.fractions, self.convention)
+
+    @property
     def gap(self) -> float | None:
         """Area of least salient first minus area of most salient first; higher is better, 0 is a random ranking."""
         if self.least_salient_first is None:
@@ -112,10 +118,11 @@ class Faithfulness:
 
     @property
     def gap_interval(self) -> tuple[float, float] | None:
-        """95 % bootstrap interval of `gap`, paired over the images."""
+        """95 % interval of `gap`, paired over the images."""
         if self.least_salient_first is None:
             return None
-        return bootstrap_interval(self.least_salient_first.sample_auc - self.deletion.sample_auc, self.seed)
+        largest = self.largest_auc
+        return mean_interval(self.least_salient_first.sample_auc - self.deletion.sample_auc, (-largest, largest))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `results.json`, the convention among them."""
@@ -168,7 +175,7 @@ def evaluate_faithfulness(
             where the data come normalised and at the model's size.
         batch_size: images per forward pass.
         autocast_dtype: for example `torch.bfloat16`; `None` runs in the model's own precision.
-        seed: of the random ranking, the uniform fill, the noise of attributions and the bootstrap.
+        seed: of the random ranking, the uniform fill and the noise of attributions.
 
     Returns:
         Curves, areas and their intervals, in percent, with the convention that they depend on.
@@ -235,12 +242,13 @@ def _collect(parts: list[dict[str, Tensor]], convention: Convention, positions: 
     n = int(keep.sum())
     fractions = torch.tensor(removed_counts(convention.fractions, positions), dtype=torch.float64) / positions
     span = float(fractions[-1] - fractions[0]) if convention.normalisation == "span" else 1.0
+    bounds = (0.0, _largest_area(fractions, convention))
     measured: dict[str, Curve | None] = dict.fromkeys(ALL_CURVES)
     for name in ("deletion", *ALL_CURVES):
         if name in columns:
             values = 100 * columns[name][keep].double()
             areas = area_under_curve(fractions, values) / span
-            measured[name] = Curve(values.mean(dim=0), areas, bootstrap_interval(areas, seed))
+            measured[name] = Curve(values.mean(dim=0), areas, mean_interval(areas, bounds))
     return Faithfulness(
         convention=convention,
         accuracy=100 * float(columns["is_correct"].double().mean()),
@@ -251,3 +259,8 @@ def _collect(parts: list[dict[str, Tensor]], convention: Convention, positions: 
         seed=seed,
         **measured,  # type: ignore[arg-type]  # deletion is always measured
     )
+
+
+def _largest_area(fractions: Tensor, convention: Convention) -> float:
+    """What `Faithfulness.largest_auc` gives."""
+    return 100.0 if convention.normalisation == "span" else 100 * float(fractions[-1] - fractions[0])

@@ -14,7 +14,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from smoot_hf import evaluation_data
 from smoot_hf import functional as SF
 from smoot_hf.attributions import attribute
-from smoot_hf.bootstrap import bootstrap_interval
 from smoot_hf.comparison import compare_faithfulness
 from smoot_hf.convention import DEFAULT, PAPER, Convention, resolve_convention
 from smoot_hf.evaluation import evaluate_faithfulness
@@ -485,20 +484,28 @@ def test_convention_is_resolved_once():
     assert "most salient first by random, corner fill" in by_chance.describe()
 
 
-# --- bootstrap and comparison ----------------------------------------------------------------------------------------
+# --- intervals and comparison ----------------------------------------------------------------------------------------
 
 
-def test_bootstrap_interval_has_the_width_of_the_normal_one():
-    """Catches an interval of the values instead of their mean, and one that depends on the global generator."""
-    values = torch.randn(2000, generator=torch.Generator().manual_seed(0))
-    low, high = bootstrap_interval(values)
-    half = 1.96 * float(values.std()) / math.sqrt(2000)
-    # A quantile of 1,000 resamples is known to about 5 % of the half width.
-    assert low == pytest.approx(float(values.mean()) - half, abs=0.15 * half)
-    assert high == pytest.approx(float(values.mean()) + half, abs=0.15 * half)
-    torch.manual_seed(5)
-    assert bootstrap_interval(values) == (low, high)
-    assert bootstrap_interval(values[:1]) is None
+def test_intervals_of_areas_know_what_is_possible():
+    """Fault: an interval below 0 or above the largest area, one of no width where all images are right throughout,
+    and the paper's 0 to 90 % taken for 0 to 100 %.
+    """
+    varied = rows(5, channels=1, side=4, classes=1)
+    always = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    nn.init.zeros_(always[1].weight), nn.init.zeros_(always[1].bias)
+    for normalisation, largest in (("none", 0.9375 * 100), ("span", 100)):
+        convention = dataclasses.replace(PAPER, normalisation=normalisation, fractions=(0.0, 0.5, 0.9375))
+        found = evaluate_faithfulness(always, varied, pixel_values, convention=convention)
+        assert found.largest_auc == found.deletion_auc == largest
+        # Clopper and Pearson for five of five.
+        assert found.deletion.interval == pytest.approx((largest * 0.025**0.2, largest))
+    model = small_model()
+    found = evaluate_faithfulness(model, rows(3), convention=Convention(measure="probability"))
+    for curve in (found.deletion, found.insertion, found.least_salient_first, found.random):
+        low, high = curve.interval
+        assert 0 <= low <= curve.auc <= high <= 100
+    assert -100 <= found.gap_interval[0] <= found.gap <= found.gap_interval[1] <= 100
 
 
 def test_comparison_is_paired_by_row():
