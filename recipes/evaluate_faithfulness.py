@@ -52,7 +52,7 @@ from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
 from smoot_hf.environment import describe_environment
 from smoot_hf.functional.removal import Fill
 from smoot_hf.image_classes import ImageClasses, find_image_classes
-from smoot_hf.results import Measurement, Results, Row, faithfulness_row, nan_notes
+from smoot_hf.results import Measurement, Results, Row, faithfulness_row, left_out_notes
 from smoot_hf.sanity_check import randomized_weights_correlation
 
 COLUMNS = {
@@ -144,7 +144,7 @@ def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Name
         Results("", {}, {}, part).markdown_table(columns, cell=cell)
         for part, columns in ((rows, COLUMNS), (class_rows, CLASS_COLUMNS))
     ]
-    table = "\n".join([*parts, *(f"- {note}" for note in nan_notes(rows))])
+    table = "\n".join([*parts, *(f"- {note}" for note in left_out_notes([*rows, *class_rows]))])
     (output / "table.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\nwritten to {output}: results.json, table.md and figures")
     return results

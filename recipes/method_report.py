@@ -14,7 +14,7 @@ from verdict import Verdict
 
 from smoot_hf import Convention
 from smoot_hf.environment import describe_environment
-from smoot_hf.results import Measurement, Results, Row, faithfulness_row, nan_notes
+from smoot_hf.results import Measurement, Results, Row, faithfulness_row, left_out_notes
 
 COLUMNS = {
     "accuracy": "Accuracy (%)",
@@ -93,7 +93,7 @@ def _training_row(method: str, by_seed: Mapping[int, Run], histories: Mapping[Pa
 def comparison_table(results: Results) -> str:
     """The Markdown table, and below it the differences between methods in words."""
     table = replace(results, rows=_measured_rows(results)).markdown_table(COLUMNS)
-    lines = [f"- {note}" for note in nan_notes(results.rows)]
+    lines = [f"- {note}" for note in left_out_notes(results.rows)]
     lines += [f"- {row.convention['fill']} fill, {_preset(row)}: {sentence}" for row, sentence in _sentences(results)
              if row.convention is not None]  # fmt: skip
     return table + "\n" + "\n".join(lines) + "\n"
@@ -188,7 +188,7 @@ def write_method_report(
         introduction=introduction,
         verdict=conclusion(verdicts),
         evidence=differences + paragraphs([note]),
-        table=_main_table(_measured_rows(results)) + paragraphs([*nan_notes(results.rows), paper]),
+        table=_main_table(_measured_rows(results)) + paragraphs([*left_out_notes(results.rows), paper]),
         figures=[(*_CAPTIONS[name], picture) for name, picture in pictures.items()],
         results=results,
     )

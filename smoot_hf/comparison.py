@@ -36,24 +36,27 @@ class PairedDifference:
 def compare_faithfulness(a: Faithfulness, b: Faithfulness, curve: Compared = "deletion") -> PairedDifference:
     """Compare two measurements of the same data set image by image.
 
-    Images that either left out (NaN attributions) are left out of both.
+    The images are paired by the data set's fingerprint and the row. Those that either left out, because their
+    attribution holds a NaN or is flat, are left out of both.
 
     Args:
         a: the first.
-        b: the second, measured by the same convention.
+        b: the second, measured by the same convention on the same data set.
         curve: whose areas are compared.
 
     Returns:
         The mean difference a - b with its interval.
 
     Raises:
-        ValueError: different conventions or fractions, a curve that was not measured, or no image in common.
+        ValueError: different conventions, data sets or image sizes, a data set that is not known, a curve that was not
+            measured, or no image in common.
     """
-    if a.convention != b.convention or not torch.equal(a.fractions, b.fractions):
+    if a.convention != b.convention:
         raise ValueError(
-            "a and b must be measured by one convention, "
-            f"got '{a.convention.describe()}' and '{b.convention.describe()}'"
+            f"a and b must be measured by one convention, got '{a.convention.describe()}' and "
+            f"'{b.convention.describe()}'"
         )
+    _check_images(a, b)
     areas = []
     for name, measured in (("a", a), ("b", b)):
         found = getattr(measured, curve, None)
@@ -71,3 +74,23 @@ def compare_faithfulness(a: Faithfulness, b: Faithfulness, curve: Compared = "de
         higher=100 * float((difference > 0).double().mean()),
         n=len(difference),
     )
+
+
+def _check_images(a: Faithfulness, b: Faithfulness) -> None:
+    """Raise a ValueError unless row i of one is the image in row i of the other."""
+    for name, measured in (("a", a), ("b", b)):
+        if measured.dataset_fingerprint is None:
+            raise ValueError(
+                f"{name} does not say which data set it is of (its dataset_fingerprint is None): measure it again with "
+                "evaluate_faithfulness"
+            )
+    if a.dataset_fingerprint != b.dataset_fingerprint:
+        raise ValueError(
+            "a and b must be measured on the same data set (the same rows in the same order), got data sets with the "
+            f"fingerprints {a.dataset_fingerprint} and {b.dataset_fingerprint}"
+        )
+    if not torch.equal(a.fractions, b.fractions):
+        raise ValueError(
+            "a and b must be measured on images of one size, got the removed fractions "
+            f"{a.fractions.tolist()} and {b.fractions.tolist()}"
+        )

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .attributions import LogitsModel, Method
 from .convention import Convention, resolve_convention
-from .evaluation_data import AttributionFunction, RankedBatch, autocast, data_batches, rank_batch, without_nan
+from .evaluation_data import AttributionFunction, RankedBatch, autocast, data_batches, is_ranked, rank_batch
 from .functional import counter_uniform
 from .functional.perturbation import area_under_curve, deletion_curve, insertion_curve
 from .functional.removal import Fill, removed_counts
+from .image_identity import ImageIdentity
 from .intervals import mean_interval
 from .model_state import model_device, untouched
 
@@ -65,6 +66,9 @@ class Faithfulness:
         nan_skipped: images left out because their attribution holds a NaN.
         sample_idx: int64 (n,), rows of the images measured.
         seed: of all randomness.
+        flat_skipped: images left out because their attribution has one value at all positions.
+        dataset_fingerprint: identifies the images, see `image_identity.ImageIdentity`; two measurements with unlike
+            ones are not compared. `None` where it is not known, as of a measurement of an older version.
     """
 
     convention: Convention
@@ -78,6 +82,8 @@ class Faithfulness:
     nan_skipped: int
     sample_idx: Tensor
     seed: int
+    flat_skipped: int = 0
+    dataset_fingerprint: str | None = None
 
     @property
     def deletion_curve(self) -> Tensor:
@@ -131,6 +137,8 @@ class Faithfulness:
             "convention": self.convention.to_dict(),
             "n": self.n,
             "nan_skipped": self.nan_skipped,
+            "flat_skipped": self.flat_skipped,
+            "dataset_fingerprint": self.dataset_fingerprint,
             "seed": self.seed,
             "accuracy": self.accuracy,
             "fractions": self.fractions.tolist(),
@@ -192,13 +200,14 @@ def evaluate_faithfulness(
         raise ValueError(f"curves must be among {ALL_CURVES}, got {sorted(unknown)}")
     scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
     parts: list[dict[str, Tensor]] = []
-    positions = 0
+    positions, identity = 0, ImageIdentity(dataset)
+    batches = data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size, identity=identity)
     with untouched(model), autocast(model_device(model), autocast_dtype):
-        for batch in data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size):
+        for batch in batches:
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
             parts.append(_measure(scorer, ranked, convention, curves, batch_size, seed))
             positions = batch.images[0, 0].numel()
-    return _collect(parts, convention, positions, seed)
+    return _collect(parts, convention, positions, seed, identity.fingerprint)
 
 
 def _measure(
@@ -235,10 +244,12 @@ def _measure(
     return part
 
 
-def _collect(parts: list[dict[str, Tensor]], convention: Convention, positions: int, seed: int) -> Faithfulness:
-    """Means and areas over the images whose attribution has no NaN."""
+def _collect(
+    parts: list[dict[str, Tensor]], convention: Convention, positions: int, seed: int, fingerprint: str
+) -> Faithfulness:
+    """Means and areas over the images whose attribution ranks the positions."""
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    keep = without_nan(columns["is_nan"], columns["is_flat"], convention)
+    keep = is_ranked(columns["is_nan"], columns["is_flat"], convention)
     n = int(keep.sum())
     fractions = torch.tensor(removed_counts(convention.fractions, positions), dtype=torch.float64) / positions
     span = float(fractions[-1] - fractions[0]) if convention.normalisation == "span" else 1.0
@@ -254,9 +265,11 @@ def _collect(parts: list[dict[str, Tensor]], convention: Convention, positions: 
         accuracy=100 * float(columns["is_correct"].double().mean()),
         fractions=fractions,
         n=n,
-        nan_skipped=len(keep) - n,
+        nan_skipped=int(columns["is_nan"].sum()),
         sample_idx=columns["sample_idx"][keep],
         seed=seed,
+        flat_skipped=int(columns["is_flat"].sum()),
+        dataset_fingerprint=fingerprint,
         **measured,  # type: ignore[arg-type]  # deletion is always measured
     )
 

@@ -15,6 +15,7 @@ from .functional import class_score, counter_uniform, input_saliency
 from .functional.masking import ranking_key
 from .functional.perturbation import check_attribution
 from .functional.removal import removal_fill
+from .image_identity import ImageIdentity
 from .model_state import model_device, model_dtype
 
 logger = logging.get_logger(__name__)
@@ -58,7 +59,13 @@ class RankedBatch(DataBatch):
 
 
 def data_batches(
-    dataset: Any, model: nn.Module, *, input_pipeline: Any = None, batch_size: int = 256, title: str = "Evaluating"
+    dataset: Any,
+    model: nn.Module,
+    *,
+    input_pipeline: Any = None,
+    batch_size: int = 256,
+    title: str = "Evaluating",
+    identity: ImageIdentity | None = None,
 ) -> Iterator[DataBatch]:
     """One pass over a data set, in order, on the model's device, with a progress bar.
 
@@ -71,6 +78,7 @@ def data_batches(
         input_pipeline: its `normalize` takes uint8 `pixel_values` to normalised images; `None` where they are already.
         batch_size: rows at once, at least 1.
         title: of the progress bar.
+        identity: takes in the rows as they are read.
 
     Raises:
         ValueError: an empty data set, a row without pixels or label, images of different shapes, or pixels that are
@@ -87,6 +95,8 @@ def data_batches(
     for start in logging.tqdm(range(0, len(dataset), batch_size), desc=title, unit="batch", disable=None):
         rows = list(range(start, min(start + batch_size, len(dataset))))
         pixel_values, labels = (values.to(device) for values in _fetch(dataset, rows))
+        if identity is not None:
+            identity.update(pixel_values, labels)
         images = _normalise(pixel_values, input_pipeline, dtype)
         shape = shape or images.shape[1:]
         if images.shape[1:] != shape:
@@ -138,26 +148,32 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def without_nan(is_nan: Tensor, is_flat: Tensor, convention: Convention) -> Tensor:
-    """Which images count, bool (n,) on the CPU: those whose attribution has no NaN; says how many have one.
+def is_ranked(is_nan: Tensor, is_flat: Tensor, convention: Convention) -> Tensor:
+    """Which images count, bool (n,) on the CPU: those whose attribution ranks the positions.
+
+    A NaN has no rank, and a flat map, one value everywhere, gives that of removing the pixels row by row. How many
+    images are left out for either reason is logged as a warning.
+
+    Args:
+        is_nan: bool (n,), the attribution holds a NaN.
+        is_flat: bool (n,), the attribution has one value at all positions.
+        convention: names the attribution.
 
     Raises:
-        ValueError: none is left, or none of those left has an attribution that ranks anything: its number would be that
-            of removing the pixels row by row.
+        ValueError: none is left.
     """
-    keep = ~is_nan.cpu()
-    left_out = len(keep) - int(keep.sum())
-    if left_out == len(keep):
-        raise ValueError(f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images")
-    if bool(is_flat.cpu()[keep].all()):
+    is_nan, is_flat = is_nan.cpu(), is_flat.cpu()
+    name, n, keep = f"attribution {convention.attribution!r}", len(is_nan), ~is_nan & ~is_flat
+    if bool(is_nan.all()):
+        raise ValueError(f"{name} holds NaN in every one of the {n} images")
+    if not bool(keep.any()):
         raise ValueError(
-            f"attribution {convention.attribution!r} has one value at all positions in every one of the images, and "
-            "ranks nothing: does the model round its input, or is it dead?"
+            f"{name} has one value at all positions in every one of the images, and ranks nothing: does the model "
+            "round its input, or is it dead?"
         )
-    if left_out:
-        logger.warning(
-            f"attribution {convention.attribution!r} holds NaN in {left_out} of {len(keep)} images: left out"
-        )
+    for left_out, reason in ((int(is_nan.sum()), "holds NaN"), (int(is_flat.sum()), "has one value at all positions")):
+        if left_out:
+            logger.warning(f"{name} {reason} in {left_out} of {n} images: left out")
     return keep
 
 

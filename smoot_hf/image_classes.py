@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .attributions import LogitsModel, Method
 from .convention import Convention, resolve_convention
-from .evaluation_data import AttributionFunction, autocast, data_batches, rank_batch, without_nan
+from .evaluation_data import AttributionFunction, autocast, data_batches, is_ranked, rank_batch
 from .functional.perturbation import measure_outputs, perturbed_outputs
 from .functional.removal import Fill, removal_ranks, removed_counts
 from .model_state import model_device, untouched
@@ -35,6 +35,7 @@ class ImageClasses:
         sample_idx: int64 (n,), rows of the images.
         nan_skipped: images left out because their attribution holds a NaN.
         convention: how it was measured.
+        flat_skipped: images left out because their attribution has one value at all positions.
     """
 
     fractions: Tensor
@@ -45,6 +46,7 @@ class ImageClasses:
     sample_idx: Tensor
     nan_skipped: int
     convention: Convention
+    flat_skipped: int = 0
 
     @property
     def gain(self) -> Tensor:
@@ -106,6 +108,7 @@ class ImageClasses:
             "convention": self.convention.to_dict(),
             "n": len(self.probability),
             "nan_skipped": self.nan_skipped,
+            "flat_skipped": self.flat_skipped,
             "margin": self.margin,
             "share": self.share,
             "share_raised": self.share_raised,
@@ -179,7 +182,8 @@ def find_image_classes(
             sample_idx.append(batch.sample_idx)
             is_nan.append(ranked.is_nan)
             is_flat.append(ranked.is_flat)
-    keep = without_nan(torch.cat(is_nan), torch.cat(is_flat), convention)
+    nan, flat = torch.cat(is_nan), torch.cat(is_flat)
+    keep = is_ranked(nan, flat, convention)
     return ImageClasses(
         fractions=torch.tensor(counts, dtype=torch.float64) / positions,
         probability=torch.cat(probability).cpu()[keep],
@@ -187,6 +191,7 @@ def find_image_classes(
         floor=torch.cat(floor).cpu()[keep],
         margin=margin,
         sample_idx=torch.cat(sample_idx).cpu()[keep],
-        nan_skipped=int((~keep).sum()),
+        nan_skipped=int(nan.sum()),
         convention=convention,
+        flat_skipped=int(flat.sum()),
     )

@@ -160,11 +160,16 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
     and their intervals over the images stand in the details, by seed.
 
     Raises:
-        ValueError: no measurement, or more than one convention.
+        ValueError: no measurement, or more than one convention or data set.
     """
     conventions = {measured.convention for measured in by_seed.values()}
     if len(conventions) != 1:
         raise ValueError(f"row {name!r} must have one convention, got {len(conventions)}")
+    fingerprints = {measured.dataset_fingerprint for measured in by_seed.values()}
+    if len(fingerprints) != 1:
+        raise ValueError(
+            f"row {name!r} must be measured on one data set, got the fingerprints {sorted(map(str, fingerprints))}"
+        )
     metrics = {}
     for metric in ("accuracy", "deletion_auc", "insertion_auc", "gap", "random_auc"):
         values = {seed: getattr(measured, metric) for seed, measured in by_seed.items()}
@@ -176,16 +181,35 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
     return Row(name, metrics, conventions.pop().to_dict(), {"by_seed": details})
 
 
-def nan_notes(rows: Sequence[Row]) -> list[str]:
-    """A sentence for every measurement that left out images because their attribution holds a NaN."""
-    return [
-        f"{row.name}, seed {seed}, {row.convention['fill']} fill: {found['nan_skipped']} images left out, whose "
-        f"attribution holds a NaN; {found['n']} measured."
-        for row in rows
-        if row.convention is not None
-        for seed, found in row.details.get("by_seed", {}).items()
-        if found.get("nan_skipped")
-    ]
+def left_out_notes(rows: Sequence[Row]) -> list[str]:
+    """A sentence for every measurement that left out images, because their attribution holds a NaN or is flat.
+
+    Args:
+        rows: of faithfulness, with their measurements by seed in the details, and of image classes and random weights,
+            with theirs as `recipes/evaluate_faithfulness.py` writes them. Other rows are passed over.
+    """
+    notes = []
+    for row in rows:
+        if row.convention is None:
+            continue
+        fill = f"{row.convention['fill']} fill"
+        measured = {f"seed {seed}, {fill}": found for seed, found in row.details.get("by_seed", {}).items()}
+        if "image_classes" in row.details:
+            measured[fill] = row.details["image_classes"]
+        for place, found in measured.items():
+            for count, reason in (("nan_skipped", "holds a NaN"), ("flat_skipped", "has one value at all positions")):
+                if found.get(count):
+                    notes.append(
+                        f"{row.name}, {place}: {found[count]} images left out, whose attribution {reason}; "
+                        f"{found['n']} measured."
+                    )
+        check = row.details.get("random_weights", {})
+        if check.get("undefined"):
+            notes.append(
+                f"{row.name}: {check['undefined']} of {check['images']} images have no rank correlation with random "
+                "weights, because a map holds a NaN or has one value at all positions."
+            )
+    return notes
 
 
 def load_results(path: str | Path) -> Results:

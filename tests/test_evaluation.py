@@ -1,6 +1,7 @@
 """Faithfulness over a data set: by hand, against a slow loop, without a trace, one clear error for bad input."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -17,7 +18,9 @@ from smoot_hf.attributions import attribute
 from smoot_hf.comparison import compare_faithfulness
 from smoot_hf.convention import DEFAULT, PAPER, Convention, resolve_convention
 from smoot_hf.evaluation import evaluate_faithfulness
+from smoot_hf.fingerprint import dataset_fingerprint
 from smoot_hf.functional.removal import even_fractions, removal_fill
+from smoot_hf.image_classes import find_image_classes
 from smoot_hf.input_pipeline import InputPipeline
 
 CLASSES = 4
@@ -383,6 +386,41 @@ def test_nan_attributions_are_counted_and_left_out(monkeypatch):
         evaluate_faithfulness(model, data, nan_in(set(range(6))))
 
 
+def flat_in(flat):
+    def attribution(model, images, target):
+        values = images.mean(1)
+        values[[i for i in range(len(images)) if i in flat]] = 0.0
+        return values
+
+    return attribution
+
+
+def test_flat_attributions_are_counted_and_left_out(monkeypatch):
+    """Fault: a map that is zero everywhere is ranked row by row and averaged in, without a word."""
+    data, model, said = rows(8), small_model(), []
+    monkeypatch.setattr(evaluation_data.logger, "warning", said.append)
+    found = evaluate_faithfulness(model, data, flat_in(set(range(7))))
+    assert said == ["attribution 'attribution' has one value at all positions in 7 of 8 images: left out"]
+    assert (found.n, found.nan_skipped, found.flat_skipped) == (1, 0, 7)
+    assert found.to_dict()["flat_skipped"] == 7
+    assert found.sample_idx.tolist() == [7]
+    alone = evaluate_faithfulness(model, data[7:], flat_in(set()))
+    assert torch.equal(found.deletion.sample_auc, alone.deletion.sample_auc)
+    said.clear()
+
+    def broken(model, images, target):
+        return flat_in({0, 2, 3})(model, images, target) + nan_in({1, 2})(model, images, target).mul(0)
+
+    both = evaluate_faithfulness(model, data, broken)
+    assert (both.n, both.nan_skipped, both.flat_skipped) == (4, 2, 2)
+    assert len(said) == 2
+    classes = find_image_classes(model, data, broken)
+    assert (len(classes.sample_idx), classes.nan_skipped, classes.flat_skipped) == (4, 2, 2)
+    assert classes.to_dict()["flat_skipped"] == 2
+    with pytest.raises(ValueError, match="has one value at all positions in every one"):
+        evaluate_faithfulness(model, data, flat_in(set(range(8))))
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.float16], ids=str
 )
@@ -535,3 +573,88 @@ def test_what_cannot_be_compared_is_refused():
         compare_faithfulness(base, base, "insertion")
     with pytest.raises(ValueError, match="no image in common"):
         compare_faithfulness(base, dataclasses.replace(base, sample_idx=base.sample_idx + 100))
+    with pytest.raises(ValueError, match="images of one size"):
+        compare_faithfulness(base, dataclasses.replace(base, fractions=base.fractions * 0.99))
+    # As of a version that did not keep it.
+    with pytest.raises(ValueError, match=r"b does not say which data set it is of \(its dataset_fingerprint is None\)"):
+        compare_faithfulness(base, dataclasses.replace(base, dataset_fingerprint=None))
+
+
+class Named(list):
+    """A data set that says what it is, whatever its transform makes of the pixels."""
+
+    fingerprint = "the test set"
+
+
+def hf_rows(seed):
+    data = rows(12, seed=seed)
+    pixels = np.stack([row["pixel_values"].numpy() for row in data])
+    return Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": [row["labels"] for row in data]}).with_format(
+        "numpy"
+    )
+
+
+LIST, HF = rows(12), hf_rows(0)
+RELABELLED = [{**row, "labels": (row["labels"] + 1) % CLASSES} for row in LIST]
+# Six images each: data sets of one length, whose rows 0 to 5 are other images, another order or other labels.
+DATA_SETS = {
+    "list": LIST[:6],
+    "another list": LIST[6:],
+    "another order": LIST[5::-1],
+    "other labels": RELABELLED[:6],
+    "Subset of a list": torch.utils.data.Subset(LIST, [0, 2, 4, 6, 8, 10]),
+    "same Subset of another list": torch.utils.data.Subset(rows(12, seed=1), [0, 2, 4, 6, 8, 10]),
+    "HF": HF.select(range(6, 12)),
+    "another HF": hf_rows(1).select(range(6, 12)),
+    "Subset of HF": torch.utils.data.Subset(HF, range(6)),
+    "another Subset of HF": torch.utils.data.Subset(HF, range(1, 7)),
+    "same Subset of another HF": torch.utils.data.Subset(hf_rows(1), range(6)),
+    "Subset of a Subset": torch.utils.data.Subset(torch.utils.data.Subset(LIST, range(1, 12)), range(6)),
+    "concatenated": torch.utils.data.ConcatDataset([LIST[:3], LIST[6:9]]),
+    "concatenated, another order": torch.utils.data.ConcatDataset([LIST[6:9], LIST[:3]]),
+    "named": Named(LIST[:6]),
+}
+CONVENTIONS = {
+    "attribution": {"attribution": "input_x_gradient"},
+    "score": {"score": "log_prob"},
+    "signed": {"signed": True},
+    "target": {"target": "predicted"},
+    "measure": {"measure": "probability"},
+    "fill": {"fill": "zero"},
+    "fractions": {"fractions": (0.0, 0.5, 0.9)},
+    "normalisation": {"normalisation": "span"},
+}
+
+
+def test_every_pair_of_incompatible_measurements_is_refused():
+    """Fault: measurements of different images, paired by their position alone, or of different conventions."""
+    model = small_model()
+    base = Convention(fractions=(0.0, 0.5, 1.0))
+    measured = {
+        name: evaluate_faithfulness(model, data, convention=base, curves=()) for name, data in DATA_SETS.items()
+    }
+    for name, change in CONVENTIONS.items():
+        convention = dataclasses.replace(base, **change)
+        measured[name] = evaluate_faithfulness(model, DATA_SETS["list"], convention=convention, curves=())
+    for (a_name, a), (b_name, b) in itertools.product(measured.items(), repeat=2):
+        if a_name == b_name:
+            assert compare_faithfulness(a, b).n == len(a.sample_idx)
+            continue
+        kind = "one convention" if {a_name, b_name} & CONVENTIONS.keys() else "measured on the same data set"
+        with pytest.raises(ValueError, match=kind):
+            compare_faithfulness(a, b)
+
+
+def test_the_same_images_are_the_same_however_they_are_measured():
+    """Fault: a refusal of what can be compared: another model, batch size or input pipeline, a copy of the data."""
+    model, other = small_model(), small_model()
+    pixels = torch.randint(0, 256, (6, 2, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6) % CLASSES
+    one, two = (InputPipeline(mean=(mean, mean), std=(0.25, 0.25)) for mean in (0.5, 0.4))
+    copied = [{"pixel_values": pixels[i].clone(), "label": int(labels[i])} for i in range(6)]
+    a = evaluate_faithfulness(model, Batched(pixels, labels), input_pipeline=one, curves=())
+    b = evaluate_faithfulness(other.to(torch.float64), copied, input_pipeline=two, batch_size=4, curves=())
+    assert compare_faithfulness(a, b).n == 6
+    hf = evaluate_faithfulness(model.to(torch.float32), HF, curves=())
+    assert hf.dataset_fingerprint == dataset_fingerprint(HF)
+    assert compare_faithfulness(hf, evaluate_faithfulness(model, HF.with_format("torch"), curves=())).n == 12

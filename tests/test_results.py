@@ -18,13 +18,14 @@ from smoot_hf.convention import Convention
 from smoot_hf.environment import describe_environment
 from smoot_hf.evaluation import evaluate_faithfulness
 from smoot_hf.functional.perturbation import area_under_curve
-from smoot_hf.results import Measurement, Results, Row, faithfulness_row, load_results, nan_notes
+from smoot_hf.results import Measurement, Results, Row, faithfulness_row, left_out_notes, load_results
 
 
-def faithfulness(seed, **convention):
+def faithfulness(seed, images=0, **convention):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    data = [{"pixel_values": torch.randn(1, 4, 4), "labels": i % 3} for i in range(6)]
+    pixels = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(images))
+    data = [{"pixel_values": pixels[i], "labels": i % 3} for i in range(6)]
     return evaluate_faithfulness(model, data, steps=4, convention=Convention(**convention), seed=seed)
 
 
@@ -97,12 +98,32 @@ def test_row_keeps_what_was_measured():
         faithfulness_row("sgt", {0: faithfulness(0), 1: faithfulness(1, fill="mean")})
 
 
+def test_a_row_is_of_one_data_set():
+    """Fault: a mean over seeds that were measured on different images, as if the seed were all that differs."""
+    with pytest.raises(ValueError, match="row 'sgt' must be measured on one data set, got the fingerprints"):
+        faithfulness_row("sgt", {0: faithfulness(0), 1: faithfulness(1, images=1)})
+    written = faithfulness_row("sgt", {0: faithfulness(0)}).details["by_seed"]["0"]["dataset_fingerprint"]
+    assert written == faithfulness(0).dataset_fingerprint != faithfulness(0, images=1).dataset_fingerprint
+
+
 def test_images_left_out_are_said():
-    """Catches a mean over fewer images than the reader thinks: NaN attributions are counted and reported."""
-    whole, holed = faithfulness(0), dataclasses.replace(faithfulness(1), nan_skipped=3)
-    rows = [faithfulness_row("sgt", {0: whole, 1: holed}), Row("other", {"accuracy": Measurement({0: 1.0})})]
-    assert nan_notes(rows) == [
-        f"sgt, seed 1, corner fill: 3 images left out, whose attribution holds a NaN; {holed.n} measured."
+    """Catches a mean over fewer images than the reader thinks: NaN and flat attributions are counted and reported."""
+    whole, holed = faithfulness(0), dataclasses.replace(faithfulness(1), nan_skipped=3, flat_skipped=2)
+    checks = {"image_classes": {"nan_skipped": 0, "flat_skipped": 4, "n": 8}}
+    checks["random_weights"] = {"images": 12, "undefined": 5}
+    rows = [
+        faithfulness_row("sgt", {0: whole, 1: holed}),
+        Row("other", {"accuracy": Measurement({0: 1.0})}),
+        Row("gradient: checks", {}, whole.convention.to_dict(), checks),
+    ]
+    assert left_out_notes(rows) == [
+        f"sgt, seed 1, corner fill: 3 images left out, whose attribution holds a NaN; {holed.n} measured.",
+        "sgt, seed 1, corner fill: 2 images left out, whose attribution has one value at all positions; "
+        f"{holed.n} measured.",
+        "gradient: checks, corner fill: 4 images left out, whose attribution has one value at all positions; "
+        "8 measured.",
+        "gradient: checks: 5 of 12 images have no rank correlation with random weights, because a map holds a NaN or "
+        "has one value at all positions.",
     ]
 
 

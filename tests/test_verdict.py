@@ -1,6 +1,7 @@
 """The verdict of a comparison: beyond the noise of the seeds or not."""
 
 import importlib
+import statistics
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ def measurement(areas, convention=DEFAULT):
     areas = torch.tensor(areas, dtype=torch.float64)
     curve = Curve(areas.mean().repeat(11), areas, None)
     index = torch.arange(len(areas))
-    return Faithfulness(convention, 90.0, torch.linspace(0, 1, 11), curve, None, None, None, len(areas), 0, index, 0)
+    fractions = torch.linspace(0, 1, 11)
+    return Faithfulness(
+        convention, 90.0, fractions, curve, None, None, None, len(areas), 0, index, 0, dataset_fingerprint="test set"
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,13 @@ def test_interval_is_students(judge):
     measured = {m: {s: measurement([v, v]) for s, v in enumerate(values)} for m, values in by_seed.items()}
     (verdict,) = judge(measured)
     assert verdict.interval == pytest.approx((-2.484, 2.484), abs=1e-3)
+
+
+def test_interval_of_many_seeds_is_students(judge):
+    """Fault: a table of quantiles that ends: 2.042 for all from 31 seeds on. By hand: t(0.975, 60) is 2.0003."""
+    values = [10.0 + (-1) ** seed for seed in range(61)]
+    measured = {"sgt": {s: measurement([10.0, 10.0]) for s in range(61)}}
+    measured["smoot"] = {s: measurement([v, v]) for s, v in enumerate(values)}
+    (verdict,) = judge(measured)
+    low, high = verdict.interval
+    assert (high - low) / 2 == pytest.approx(2.0003 * statistics.stdev(values) / 61**0.5, rel=1e-5)
