@@ -15,20 +15,30 @@ Schema, version 1:
         mean        number
         std         number, the sample standard deviation over the seeds; null for fewer than two
         n           integer, how many seeds
-      details       object of anything else: curves, intervals, K
+      details       object of anything else: curves, intervals, K. Where there is a `by_seed` (seed -> object), an
+                    `image_classes` or a `random_weights`, these are objects, and what they count are integers; a
+                    measurement of faithfulness names its `dataset_fingerprint`
+
+Objects and lists stand in each other 50 deep at most.
 """
 
 import json
 import math
+import reprlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .evaluation import Faithfulness
 
+logger = logging.get_logger(__name__)
+
 SCHEMA_VERSION = 1
+_DEEPEST = 50
 
 _TOP = {"schema_version": int, "task": str, "settings": dict, "environment": dict, "rows": list}
 _ROW = {"name": str, "convention": dict | None, "metrics": dict, "details": dict}
@@ -45,7 +55,7 @@ class Measurement:
         unit: of the values.
 
     Raises:
-        ValueError: no value, or one that is not finite.
+        ValueError: no value, or one that is not finite or so large that mean or spread are not.
     """
 
     values: Mapping[int, float]
@@ -54,8 +64,14 @@ class Measurement:
     def __post_init__(self) -> None:
         if not self.values:
             raise ValueError("values must hold at least one seed, got none")
-        if not all(math.isfinite(value) for value in self.values.values()):
-            raise ValueError(f"values must be finite, got {dict(self.values)}")
+        if not all(map(_is_finite, self.values.values())):
+            raise ValueError(f"values must be finite, got {reprlib.repr(dict(self.values))}")
+        try:
+            is_finite = math.isfinite(self.mean) and math.isfinite(self.std or 0.0)
+        except OverflowError:
+            is_finite = False
+        if not is_finite:
+            raise ValueError(f"values must have a finite mean and spread, got {reprlib.repr(dict(self.values))}")
 
     @property
     def n(self) -> int:
@@ -192,21 +208,21 @@ def left_out_notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.convention is None:
             continue
-        fill = f"{row.convention['fill']} fill"
-        measured = {f"seed {seed}, {fill}": found for seed, found in row.details.get("by_seed", {}).items()}
+        fill = f", {row.convention['fill']} fill" if "fill" in row.convention else ""
+        measured = {f", seed {seed}{fill}": found for seed, found in row.details.get("by_seed", {}).items()}
         if "image_classes" in row.details:
             measured[fill] = row.details["image_classes"]
         for place, found in measured.items():
             for count, reason in (("nan_skipped", "holds a NaN"), ("flat_skipped", "has one value at all positions")):
                 if found.get(count):
                     notes.append(
-                        f"{row.name}, {place}: {found[count]} images left out, whose attribution {reason}; "
-                        f"{found['n']} measured."
+                        f"{row.name}{place}: {found[count]} images left out, whose attribution {reason}; "
+                        f"{found.get('n', '?')} measured."
                     )
         check = row.details.get("random_weights", {})
         if check.get("undefined"):
             notes.append(
-                f"{row.name}: {check['undefined']} of {check['images']} images have no rank correlation with random "
+                f"{row.name}: {check['undefined']} of {check.get('images', '?')} images have no rank correlation with random "
                 "weights, because a map holds a NaN or has one value at all positions."
             )
     return notes
@@ -215,14 +231,21 @@ def left_out_notes(rows: Sequence[Row]) -> list[str]:
 def load_results(path: str | Path) -> Results:
     """Read results.json.
 
+    A file of an older version may not say which data set was measured; a warning names its rows.
+
     Raises:
-        ValueError: no JSON, another version, or a place that does not keep to the schema, by its name.
+        OSError: no file that can be read.
+        ValueError: no JSON, another version, or a place that does not keep to the schema, by its name and the file's.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    validate(content)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    # Not JSON, not UTF-8, an integer of thousands of digits, or brackets without end.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from error
+    try:
+        validate(content)
+    except ValueError as error:
+        raise ValueError(f"{path} does not keep to the schema of results.json: {error}") from error
     rows = [
         Row(
             row["name"],
@@ -232,7 +255,23 @@ def load_results(path: str | Path) -> Results:
         )
         for row in content["rows"]
     ]
+    unknown = [row.name for row in rows if _is_of_unknown_data(row)]
+    if unknown:
+        logger.warning(
+            f"{path} does not say which data set {', '.join(map(repr, unknown))} was measured on: an older version "
+            "wrote it. Measure again before comparing it with others image by image."
+        )
     return Results(content["task"], content["settings"], content["environment"], rows)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
+
+
+def _is_of_unknown_data(row: Row) -> bool:
+    """Whether the row holds a deletion curve that does not name its data set."""
+    measured = [found for found in row.details.get("by_seed", {}).values() if "deletion" in found]
+    return any(found.get("dataset_fingerprint") is None for found in measured)
 
 
 def _measurement(metric: Mapping[str, Any]) -> Measurement:
@@ -246,42 +285,97 @@ def validate(content: Any) -> None:
         ValueError: the first place that does not keep to it.
     """
     if isinstance(content, dict) and content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        raise ValueError(
-            f"results.json has schema_version {content['schema_version']}; this package reads {SCHEMA_VERSION}"
-        )
+        given = reprlib.repr(content["schema_version"])
+        raise ValueError(f"results.json has schema_version {given}; this package reads {SCHEMA_VERSION}")
+    _check_depth(content)
     _check_fields(content, _TOP, "results.json")
     for name in _ENVIRONMENT:
         value = content["environment"].get(name, ...)
         if not (isinstance(value, str) or (name == "commit" and value is None)):
-            raise ValueError(f"environment must name {name!r} as text, got {None if value is ... else value!r}")
+            given = reprlib.repr(None if value is ... else value)
+            raise ValueError(f"environment must name {name!r} as text, got {given}")
     for i, row in enumerate(content["rows"]):
         _check_fields(row, _ROW, f"rows[{i}]")
         for name, metric in row["metrics"].items():
-            _check_metric(metric, f"rows[{i}].metrics[{name!r}]")
+            _check_metric(metric, f"rows[{i}].metrics[{reprlib.repr(name)}]")
+        _check_details(row["details"], f"rows[{i}].details")
     keys = [(row["name"], json.dumps(row["convention"], sort_keys=True)) for row in content["rows"]]
     twice = [name for name, convention in keys if keys.count((name, convention)) > 1]
     if twice:
-        raise ValueError(f"rows must be unique by name and convention, got {twice[0]!r} twice")
+        raise ValueError(f"rows must be unique by name and convention, got {reprlib.repr(twice[0])} twice")
+
+
+def _check_depth(content: Any) -> None:
+    """Raise a ValueError where objects and lists stand in each other too deep to be written or compared."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError(f"results.json must not be more than {_DEEPEST} objects and lists deep")
+
+
+def _check_details(details: Mapping[str, Any], place: str) -> None:
+    """What the tables and their notes read of the details."""
+    found = {name: details[name] for name in ("by_seed", "image_classes", "random_weights") if name in details}
+    for name, value in found.items():
+        _check_object(value, f"{place}.{name}")
+    for seed, value in found.pop("by_seed", {}).items():
+        found[f"by_seed[{reprlib.repr(seed)}]"] = value
+    for name, value in found.items():
+        _check_object(value, f"{place}.{name}")
+        for count in {"n", "images", "undefined", "nan_skipped", "flat_skipped"} & value.keys():
+            if not isinstance(value[count], int) or isinstance(value[count], bool) or not _is_finite(value[count]):
+                raise ValueError(f"{place}.{name}.{count} must be int, got {reprlib.repr(value[count])}")
+
+
+def _check_object(content: Any, place: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} must be an object, got {type(content).__name__}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (OverflowError, TypeError):
+        return False
 
 
 def _check_fields(content: Any, fields: Mapping[str, Any], place: str) -> None:
-    if not isinstance(content, dict):
-        raise ValueError(f"{place} must be an object, got {type(content).__name__}")
+    _check_object(content, place)
     for name, kind in fields.items():
         if name not in content:
-            raise ValueError(f"{place} must have {name!r}, got {sorted(content)}")
+            raise ValueError(f"{place} must have {name!r}, got {reprlib.repr(sorted(content))}")
         value = content[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{place}.{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+        is_number = isinstance(value, int | float)
+        if not isinstance(value, kind) or isinstance(value, bool) or (is_number and not _is_finite(value)):
+            raise ValueError(f"{place}.{name} must be {getattr(kind, '__name__', kind)}, got {reprlib.repr(value)}")
 
 
 def _check_metric(metric: Any, place: str) -> None:
     _check_fields(metric, _METRIC, place)
     for seed, value in metric["values"].items():
-        if not seed.lstrip("-").isdigit() or isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{place}.values must map seeds to numbers, got {seed!r}: {value!r}")
-    expected = _measurement(metric).to_dict()
+        if not (_is_seed(seed) and _is_finite(value)):
+            raise ValueError(
+                f"{place}.values must map seeds to numbers, got {reprlib.repr(seed)}: {reprlib.repr(value)}"
+            )
+    try:
+        expected = _measurement(metric).to_dict()
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
     for name in ("mean", "std", "n"):
         given, true = metric[name], expected[name]
         if (given is None) != (true is None) or (given is not None and not math.isclose(given, true, rel_tol=1e-9)):
             raise ValueError(f"{place}.{name} must be {true}, which the values give, got {given}")
+
+
+def _is_seed(text: str) -> bool:
+    """Whether it is an integer as `str` writes it: "01" and "1" would be one seed."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 30 and str(int(text)) == text

@@ -80,6 +80,6 @@ def test_what_travels_with_a_model_needs_nothing_of_ours(name):
 
 
 def test_files_stay_small():
-    """A file that passes 300 lines holds more than one noun."""
-    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    """A file is as long as its noun; one that passes 500 lines probably holds more than one."""
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500}
     assert long == {}

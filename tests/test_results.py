@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib.resources
 import json
 import math
@@ -12,6 +13,8 @@ import sys
 import evaluate
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from smoot_hf.convention import Convention
@@ -149,21 +152,159 @@ def broken(change):
         (lambda c: c["rows"][0]["metrics"]["accuracy"].update(std=None), "std must be 0.5"),
         (lambda c: c["rows"][0]["metrics"]["accuracy"]["values"].update(first=1.0), "must map seeds to numbers"),
         (lambda c: c["rows"].append(c["rows"][0]), "got 'standard' twice"),
+        (
+            lambda c: c["rows"][1]["details"].update(by_seed=[]),
+            r"rows\[1\].details.by_seed must be an object, got list",
+        ),
+        (lambda c: c["rows"][1]["details"].update(by_seed={"0": 1}), r"by_seed\['0'\] must be an object, got int"),
+        (
+            lambda c: c["rows"][1]["details"]["by_seed"]["0"].update(flat_skipped="7"),
+            r"by_seed\['0'\].flat_skipped must be int, got '7'",
+        ),
+        (lambda c: c["rows"][0]["details"].update(random_weights=1), "random_weights must be an object, got int"),
     ],
 )
 def test_broken_files_are_refused(tmp_path, change, message):
     """Catches a file of another version, or edited by hand, that is read as if it were sound."""
     path = tmp_path / "results.json"
     path.write_text(json.dumps(broken(change)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_results(path)
+    assert str(path) in str(error.value)
+
+
+HUGE = 10**400
+
+
+def values_of(change):
+    return lambda content: change(content["rows"][0]["metrics"]["accuracy"]["values"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(schema_version=HUGE), "schema_version 1000"),
+        (lambda c: c["rows"][0]["metrics"]["accuracy"].update(mean=HUGE), r"mean must be int \| float, got 1000"),
+        (lambda c: c["rows"][0]["metrics"]["accuracy"].update(std=-HUGE), "std must be"),
+        (lambda c: c["rows"][0]["metrics"]["accuracy"].update(n=HUGE), "n must be int"),
+        (lambda c: c["rows"][1]["details"]["by_seed"]["0"].update(n=HUGE), "n must be int"),
+        (values_of(lambda v: v.update({"0": HUGE})), "must map seeds to numbers, got '0': 1000"),
+        (values_of(lambda v: v.update({"0": 1e308, "1": 1e308, "2": 1e308})), "must have a finite mean and spread"),
+        (values_of(dict.clear), "accuracy'.: values must hold at least one seed"),
+        (values_of(lambda v: v.update({str(HUGE): 1.0})), "must map seeds to numbers, got '1000"),
+        (values_of(lambda v: v.update({"--5": 1.0})), "must map seeds to numbers, got '--5'"),
+        (values_of(lambda v: v.update({"²": 1.0})), "must map seeds to numbers, got '²'"),
+        (values_of(lambda v: v.update({"01": 1.0})), "must map seeds to numbers, got '01'"),
+        (values_of(lambda v: v.update({"": 1.0})), "must map seeds to numbers, got ''"),
+    ],
+)
+def test_crafted_numbers_are_one_error_that_names_the_file(tmp_path, change, message):
+    """Fault: OverflowError or an error without a place, of numbers that JSON has and a float has not."""
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(broken(change)))
+    with pytest.raises(ValueError, match=message) as error:
+        load_results(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def nested(depth):
+    """Lists in lists, without the recursion that writing them would take."""
+    text = json.dumps(broken(lambda content: content["settings"].update(deep="HERE")))
+    return text.replace('"HERE"', "[" * depth + "]" * depth)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (nested(100_000), "is no JSON that can be read"),
+        (nested(300), "must not be more than 50 objects and lists deep"),
+        ("[" * 100_000, "is no JSON that can be read"),
+        ('{"schema_version": 1' + "0" * 5000 + "}", "is no JSON that can be read"),
+        ('{"schema_version": NaN}', "JSON has no NaN"),
+        ('{"schema_version": 1e999}', "schema_version inf"),
+        (b"\xff\xfe{}", "is no JSON that can be read"),
+        ("", "is no JSON that can be read"),
+        ("null", "must be an object, got NoneType"),
+        ("[]", "must be an object, got list"),
+        ('"' + "x" * 100_000 + '"', "must be an object, got str"),
+    ],
+    ids=range(11),
+)
+def test_crafted_files_are_one_error_that_names_the_file(tmp_path, text, message):
+    """Fault: RecursionError, UnicodeDecodeError or a decoder's own words, without the file."""
+    path = tmp_path / "results.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        load_results(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-HUGE, HUGE) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(content, here=()):
+    """The path to every value of nested objects and lists."""
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in inner:
+        yield (*here, key)
+        yield from places(value, (*here, key))
+
+
+SOUND = results().to_dict()
+PLACES = [place for place in places(SOUND) if "by_seed" not in place or place[-1] in ("by_seed", "0", "n")]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(place=st.sampled_from(PLACES), value=JSON, is_missing=st.booleans())
+def test_any_value_at_any_place_is_read_or_refused_by_a_value_error(tmp_path, place, value, is_missing):
+    """Fault: TypeError, AttributeError or OverflowError of a value that the schema does not expect there."""
+    content = copy.deepcopy(SOUND)
+    *outer, last = place
+    holder = functools.reduce(lambda inner, key: inner[key], outer, content)
+    if is_missing:
+        del holder[last]
+    else:
+        holder[last] = value
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    try:
+        loaded = load_results(path)
+    except ValueError as error:
+        assert type(error) is ValueError  # noqa: PT017 - not a decoder's own, and the file is named
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        left_out_notes(loaded.rows)
+        assert loaded.markdown_table({"accuracy": "Accuracy"})
+        assert json.loads(json.dumps(loaded.to_dict()))["rows"] == content["rows"]
+
+
+def test_a_file_that_does_not_name_its_data_set_is_said_to_be_old(tmp_path, monkeypatch):
+    """Fault: a file of an older version is taken without a word, and put beside measurements of other images."""
+    said = []
+    monkeypatch.setattr("smoot_hf.results.logger.warning", said.append)
+    path = tmp_path / "results.json"
+    results().save(path)
+    load_results(path)
+    assert said == []
+    content = results().to_dict()
+    del content["rows"][1]["details"]["by_seed"]["0"]["dataset_fingerprint"]
+    path.write_text(json.dumps(content))
+    load_results(path)
+    (warning,) = said
+    assert f"{path} does not say which data set 'smoot' was measured on" in warning
 
 
 def test_what_is_no_json_is_refused(tmp_path):
     """Catches a bare decoder error, and NaN, which JSON has not, written all the same."""
     path = tmp_path / "results.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"results\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"results\.json is no JSON that can be read"):
         load_results(path)
     with pytest.raises(ValueError, match="JSON"):
         Results("t", {"x": math.nan}, describe_environment(), []).save(path)
