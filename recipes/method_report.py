@@ -134,7 +134,7 @@ def conclusion(verdicts: Mapping[Convention, Sequence[Verdict]]) -> list[str]:
     sentences = []
     for second in ("sgt", "standard"):
         found = [v for several in verdicts.values() for v in several if (v.first, v.second) == ("smoot", second)]
-        known = [v for v in found if v.interval is not None]
+        known = [v for v in found if v.outcome != "unknown"]
         if known:
             count = {outcome: sum(v.outcome == outcome for v in known) for outcome in ("lower", "higher")}
             same = len(known) - sum(count.values())

@@ -40,9 +40,14 @@ class Verdict:
 
     @property
     def outcome(self) -> Literal["lower", "higher", "not to be told apart", "unknown"]:
-        """Of the first method's area, beyond the noise of the seeds; "unknown" where there is no interval."""
+        """Of the first method's area, beyond the noise of the seeds.
+
+        "unknown" with a single seed, and where the seeds differ by one and the same number, which leaves no interval.
+        Where they do not differ at all, as when K never moved, the methods cannot be told apart.
+        """
+        differences = list(self.measurement.values.values())
         if self.interval is None:
-            return "unknown"
+            return "unknown" if len(differences) < 2 or any(differences) else "not to be told apart"
         low, high = self.interval
         return "lower" if high < 0 else "higher" if low > 0 else "not to be told apart"
 

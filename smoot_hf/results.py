@@ -222,8 +222,8 @@ def left_out_notes(rows: Sequence[Row]) -> list[str]:
         check = row.details.get("random_weights", {})
         if check.get("undefined"):
             notes.append(
-                f"{row.name}: {check['undefined']} of {check.get('images', '?')} images have no rank correlation with random "
-                "weights, because a map holds a NaN or has one value at all positions."
+                f"{row.name}: {check['undefined']} of {check.get('images', '?')} images have no rank correlation with "
+                "random weights, because a map holds a NaN or has one value at all positions."
             )
     return notes
 

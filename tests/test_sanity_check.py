@@ -2,15 +2,18 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from smoot_hf import sanity_check
 from smoot_hf.sanity_check import randomized_weights_correlation, rank_correlation, reinitialize
 
 
@@ -101,6 +104,201 @@ def test_input_alone_does_not_change():
     found = randomized_weights_correlation(model(), rows(), "random")
     assert found.mean.tolist() == [1.0]
     assert found.undefined.tolist() == [0]
+
+
+class Scaled(nn.Linear):
+    """A subclass with a further parameter and a further average, of which `reset_parameters` knows nothing."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("average", torch.rand(sizes[1]) + 1)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale / self.average
+
+
+class Bare(nn.Module):
+    """Parameters without `reset_parameters`: zeros, one number, a table, complex numbers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(size))
+        self.temperature = nn.Parameter(torch.tensor([0.7]))
+        self.table = nn.ParameterList([torch.randn(size), torch.randn(size)])
+        self.phase = nn.Parameter(torch.randn(size, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x * self.table[0] + self.table[1] + self.token) * self.temperature + self.phase.real
+
+
+class Partial(nn.Linear):
+    """Its `reset_parameters` writes a part of its weights, and reads what they were."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        nn.init.normal_(self.weight), nn.init.normal_(self.bias)
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.weight[0].normal_()
+            self.bias.mul_(0.5)
+
+
+class Asking(nn.Linear):
+    """Its `reset_parameters` takes arguments, and does without."""
+
+    def reset_parameters(self, gain=None, *, seed=None):
+        super().reset_parameters()
+
+
+class Demanding(Bare):
+    def reset_parameters(self, gain):
+        raise AssertionError("called without what it asks for")
+
+
+class Fixed(nn.Linear):
+    """Its `reset_parameters` writes what it held before."""
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.weight.copy_(torch.arange(self.weight.numel()).reshape(self.weight.shape) / 1000)
+            self.bias.copy_(torch.arange(len(self.bias)) / 10)
+
+
+class Pixels(nn.Module):
+    """A buffer that no checkpoint keeps, and one of integers: nothing is learned in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.full((16,), 0.25), persistent=False)
+        self.register_buffer("order", torch.arange(16))
+        self.weight = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        return (x - self.mean)[:, self.order] * self.weight
+
+
+def with_old_norm(norm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return norm(nn.Linear(16, 16))
+
+
+# After a training, in which every value has moved. Some layers cannot do without others before them.
+LAYERS = {
+    "linear": lambda: nn.Linear(16, 16),
+    "subclass with further parameters": lambda: Scaled(16, 16),
+    "bare parameters": lambda: Bare(16),
+    "reset_parameters writes a part": lambda: Partial(16, 16),
+    "reset_parameters with options": lambda: Asking(16, 16),
+    "reset_parameters asks for arguments": lambda: Demanding(16),
+    "reset_parameters writes what was there": lambda: Fixed(16, 16),
+    "old weight norm": lambda: with_old_norm(nn.utils.weight_norm),
+    "new weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+    "old spectral norm": lambda: with_old_norm(nn.utils.spectral_norm),
+    "new spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)),
+    "batch norm": lambda: nn.BatchNorm1d(16),
+    "batch norm without weights": lambda: nn.BatchNorm1d(16, affine=False),
+    "frozen batch norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (16, 1, 1)), torchvision.ops.FrozenBatchNorm2d(16), nn.Flatten()
+    ),
+    "layer norm": lambda: nn.LayerNorm(16),
+    "PReLU": lambda: nn.PReLU(),
+    "fixed buffers": lambda: Pixels(),
+}
+
+
+def trained(layer):
+    """A classifier with the layer in its middle, every learned value moved from where it started."""
+    torch.manual_seed(0)
+    judged = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), LAYERS[layer](), nn.Linear(16, 3)).train()
+    optimizer = torch.optim.SGD(judged.parameters(), lr=0.3)
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(judged(torch.randn(8, 1, 8, 8)), torch.arange(8) % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for module in judged.modules():
+        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+            module.running_var.uniform_(0.5, 2), module.running_mean.normal_(), module.weight.normal_()
+            module.bias.normal_()
+    if layer == "reset_parameters writes what was there":
+        judged[3].reset_parameters()
+    return judged
+
+
+def randomized_by(judged, monkeypatch, **options):
+    """The copy of the model that the check has replaced the weights of, with what it found."""
+    copies, copied = [], sanity_check._copied
+
+    def watched(model):
+        copies.append(copied(model))
+        return copies[-1]
+
+    monkeypatch.setattr(sanity_check, "_copied", watched)
+    found = randomized_weights_correlation(judged, rows(), **options)
+    return copies[0], found
+
+
+@pytest.mark.parametrize("randomization", ["full", "cascading"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_nothing_learned_is_left_after_all_weights_are_random(layer, randomization, monkeypatch):
+    """Fault: what a module's `reset_parameters` does not know keeps its trained values, and a method that shows what
+    was learned fails the check.
+    """
+    judged = trained(layer)
+    before = {name: value.clone() for name, value in judged.state_dict().items()}
+    new, found = randomized_by(judged, monkeypatch, randomization=randomization)
+    same = [n for n, value in new.state_dict().items() if value.is_floating_point() and torch.equal(value, before[n])]
+    assert same == []
+    assert all(bool(value.isfinite().all()) for value in new.state_dict().values())
+    assert all(torch.equal(value, before[name]) for name, value in judged.state_dict().items())
+    assert int(found.undefined[-1]) == 0
+    assert all(bool((value >= 0).all()) for name, value in new.state_dict().items() if name.endswith("running_var"))
+    if layer == "fixed buffers":
+        assert torch.equal(new[3].mean, judged[3].mean)
+        assert torch.equal(new[3].order, judged[3].order)
+
+
+def test_batch_norms_statistics_start_anew(monkeypatch):
+    """Fault: running statistics, learned from the data as weights are, survive; or noise takes the place of the 0 and 1
+    that an untrained batch norm has.
+    """
+    new, _ = randomized_by(trained("batch norm"), monkeypatch)
+    assert torch.equal(new[3].running_mean, torch.zeros(16))
+    assert torch.equal(new[3].running_var, torch.ones(16))
+    assert int(new[3].num_batches_tracked) == 0
+    assert torch.equal(new[3].weight, torch.ones(16))
+
+
+class Guarded(nn.Module):
+    """Writes the trained weights of the layer before it back."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = [layer, layer.weight.detach().clone()]
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.weight.normal_()
+            self.layers[0].weight.copy_(self.layers[1])
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_what_comes_back_as_it_was_or_cannot_be_drawn_is_named():
+    """Fault: a correlation with "random" weights that are the trained ones, without a word."""
+    layer = nn.Linear(64, 3)
+    with pytest.raises(ValueError, match=r"1\.weight of a Linear is as it was after all weights were replaced"):
+        randomized_weights_correlation(nn.Sequential(nn.Flatten(), layer, Guarded(layer)), rows())
+    quantised = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    quantised[1].codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"Linear\.codes is of torch\.uint8: such weights cannot be drawn anew"):
+        randomized_weights_correlation(quantised, rows())
 
 
 def test_every_parameter_of_a_transformer_is_replaced():

@@ -37,6 +37,8 @@ def measurement(areas, convention=DEFAULT):
         ([20.0, 21.5, 21.9], [10.0, 11.0, 12.0], "higher"),
         ([10.0, 20.0, 30.0], [12.0, 19.0, 32.0], "not to be told apart"),
         ([10.0], [20.0], "unknown"),
+        ([10.0, 20.0], [10.0, 20.0], "not to be told apart"),
+        ([10.0, 20.0], [15.0, 25.0], "unknown"),
     ],
 )
 def test_verdict_is_beyond_the_noise_of_the_seeds_or_not(judge, smoot, sgt, outcome):
