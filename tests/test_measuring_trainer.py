@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHANNELS, CLASSES, SIZE, TinyImages, build
+from conftest import CHANNELS, CLASSES, SIZE, PixelImages, TinyImages, build
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from smoot_hf import evaluate_faithfulness
+from smoot_hf import InputPipeline, evaluate_faithfulness
 from smoot_hf.attributions import LogitsModel, attribute
 from smoot_hf.model_card import _examples
 
@@ -152,6 +152,18 @@ def test_a_measurement_of_ones_own_takes_the_collator(collated, name):
     own = {"data_collator": trainer.data_collator, "label_name": trainer.label_names[0]}
     found = evaluate_faithfulness(trainer.model, trainer.eval_dataset, **own, curves=(), batch_size=5)
     assert found.deletion_auc == pytest.approx(auc_by_hand(trainer.model, images, labels), abs=1e-4)
+
+
+def test_an_input_pipeline_still_normalises_what_the_collator_makes(quick_trainer):
+    """Catches bytes measured as they are, or normalised twice, behind the trainer's collator."""
+    data, pipeline = PixelImages(12), InputPipeline(mean=(0.5,) * 3, std=(0.15,) * 3)
+    trainer = quick_trainer(
+        "resnet", data, deletion_auc_samples=12, trainer_kwargs={"eval_dataset": data, "input_pipeline": pipeline}
+    )
+    trainer.train()
+    images = pipeline.normalize(torch.stack([data[i]["pixel_values"] for i in range(12)]))
+    expected = auc_by_hand(trainer.model, images, torch.tensor(data.labels))
+    assert trainer.evaluate()["eval_deletion_auc"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("weight", ["bias", "weight"])
