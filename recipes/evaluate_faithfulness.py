@@ -144,7 +144,7 @@ def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Name
         Results("", {}, {}, part).markdown_table(columns, cell=cell)
         for part, columns in ((rows, COLUMNS), (class_rows, CLASS_COLUMNS))
     ]
-    table = "\n".join([*parts, *(f"- {note}" for note in nan_notes(rows))])
+    table = "\n".join([*parts, *(f"- {note}" for note in nan_notes([*rows, *class_rows]))])
     (output / "table.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\nwritten to {output}: results.json, table.md and figures")
     return results

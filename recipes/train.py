@@ -162,11 +162,12 @@ def make_trainer(task: Task, args: SmootTrainingArguments, recipe: RecipeArgumen
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of images whose highest logit is that of the label."""
+    """Share of images whose highest logit is that of the label; logits that hold a NaN count as wrong."""
     outputs = prediction.predictions
     # Some models have further outputs; the logits of the class come first.
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    return {"accuracy": float(np.mean(logits.argmax(axis=-1) == prediction.label_ids))}
+    is_correct = logits.argmax(axis=-1) == prediction.label_ids
+    return {"accuracy": float(np.mean(is_correct & ~np.isnan(logits).any(axis=-1)))}
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:

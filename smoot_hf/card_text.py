@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .results import Results, Row
+from .results import Results, Row, nan_notes
 
 _METHODS = {
     "smoot": "**SMOOT** (*Saliency Guided Mask Optimized Online Training*): in every step of training the K least "
@@ -77,6 +77,7 @@ def _results(results: Results, about: Mapping[str, Any], figures: Mapping[str, s
         )
         # One run: its seed stands in the settings, and the limits say what that means.
         parts.append(Results("", {}, {}, measured).markdown_table(columns).replace(" (n=1)", "").strip())
+        parts += nan_notes(measured)
         parts += [sentence for i, row in enumerate(measured, 1) for sentence in _reading(i, row)]
     if "curves" in figures:
         parts.append(f"![Deletion and insertion curves, with a random order as the control]({figures['curves']})")

@@ -8,8 +8,17 @@ from torch import Tensor, nn
 
 from .attributions import LogitsModel, Method
 from .convention import Convention, resolve_convention
-from .evaluation_data import AttributionFunction, autocast, data_batches, rank_batch, without_nan
-from .functional.perturbation import measure_outputs, perturbed_outputs
+from .evaluation_data import (
+    AttributionFunction,
+    Collator,
+    autocast,
+    check_predictions,
+    data_batches,
+    rank_batch,
+    warn_of_nan_predictions,
+    without_nan,
+)
+from .functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from .functional.removal import Fill, removal_ranks, removed_counts
 from .model_state import model_device, untouched
 
@@ -35,6 +44,8 @@ class ImageClasses:
         sample_idx: int64 (n,), rows of the images.
         nan_skipped: images left out because their attribution holds a NaN.
         convention: how it was measured.
+        nan_predictions: of the n * (S+1) outputs of the model, those that hold a NaN or an infinity and so predict no
+            class: they count as wrong, with a probability of 0.
     """
 
     fractions: Tensor
@@ -45,6 +56,7 @@ class ImageClasses:
     sample_idx: Tensor
     nan_skipped: int
     convention: Convention
+    nan_predictions: int = 0
 
     @property
     def gain(self) -> Tensor:
@@ -106,6 +118,8 @@ class ImageClasses:
             "convention": self.convention.to_dict(),
             "n": len(self.probability),
             "nan_skipped": self.nan_skipped,
+            "predictions": self.probability.numel(),
+            "nan_predictions": self.nan_predictions,
             "margin": self.margin,
             "share": self.share,
             "share_raised": self.share_raised,
@@ -129,6 +143,8 @@ def find_image_classes(
     margin: float = 0.01,
     convention: Convention | Literal["default", "paper"] = "default",
     input_pipeline: Any = None,
+    data_collator: Collator | None = None,
+    label_name: str | None = None,
     batch_size: int = 256,
     autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -145,6 +161,8 @@ def find_image_classes(
             last digits of a certain prediction out.
         convention: preset or `Convention`; its `measure` is not used, both curves are kept.
         input_pipeline: normalises, and resizes after the mask.
+        data_collator: makes a batch of a list of rows.
+        label_name: key of the labels; `None`: `labels` or `label`.
         batch_size: images per forward pass.
         autocast_dtype: `None` runs in the model's own precision.
         seed: of the random ranking, the uniform fill and the noise of attributions.
@@ -162,9 +180,16 @@ def find_image_classes(
     if convention.fractions[0] != 0:
         raise ValueError(f"fractions must start at 0, the unmasked image, got {convention.fractions}")
     scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
-    probability, is_correct, floor, sample_idx, is_nan, is_flat = [], [], [], [], [], []
+    probability, is_correct, predicts, floor, sample_idx, is_nan, is_flat = [], [], [], [], [], [], []
     with untouched(model), autocast(model_device(model), autocast_dtype):
-        for batch in data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size):
+        for batch in data_batches(
+            dataset,
+            model,
+            input_pipeline=input_pipeline,
+            data_collator=data_collator,
+            label_name=label_name,
+            batch_size=batch_size,
+        ):
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
             positions = batch.images[0, 0].numel()
             counts = removed_counts(convention.fractions, positions)
@@ -174,12 +199,17 @@ def find_image_classes(
             outputs = perturbed_outputs(scorer, batch.images, ranked.fill, ranks, counts, batch_size, known)
             probability.append(measure_outputs(outputs, ranked.target, "probability"))
             is_correct.append(measure_outputs(outputs, ranked.target, "accuracy").bool())
+            predicts.append(has_prediction(outputs))
             without = measure_outputs(nothing[:, None], ranked.target, "probability")[:, 0]
             floor.append(without.clamp_min(1 / nothing.shape[1]))
             sample_idx.append(batch.sample_idx)
             is_nan.append(ranked.is_nan)
             is_flat.append(ranked.is_flat)
     keep = without_nan(torch.cat(is_nan), torch.cat(is_flat), convention)
+    has_predictions = torch.cat(predicts).cpu()[keep]
+    check_predictions(has_predictions[:, 0])
+    nan_predictions = int((~has_predictions).sum())
+    warn_of_nan_predictions(nan_predictions, has_predictions.numel())
     return ImageClasses(
         fractions=torch.tensor(counts, dtype=torch.float64) / positions,
         probability=torch.cat(probability).cpu()[keep],
@@ -189,4 +219,5 @@ def find_image_classes(
         sample_idx=torch.cat(sample_idx).cpu()[keep],
         nan_skipped=int((~keep).sum()),
         convention=convention,
+        nan_predictions=nan_predictions,
     )

@@ -177,15 +177,43 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
 
 
 def nan_notes(rows: Sequence[Row]) -> list[str]:
-    """A sentence for every measurement that left out images because their attribution holds a NaN."""
+    """A sentence for everything that a NaN kept out of a number.
+
+    These are images left out because their attribution holds a NaN, predictions counted as wrong because they do, and
+    maps without a rank correlation.
+    """
     return [
-        f"{row.name}, seed {seed}, {row.convention['fill']} fill: {found['nan_skipped']} images left out, whose "
-        f"attribution holds a NaN; {found['n']} measured."
+        f"{row.name}{seed}, {row.convention['fill']} fill: {sentence}"
         for row in rows
         if row.convention is not None
-        for seed, found in row.details.get("by_seed", {}).items()
-        if found.get("nan_skipped")
+        for seed, found in _measurements(row)
+        for sentence in _nan_sentences(found)
     ]
+
+
+def _measurements(row: Row) -> list[tuple[str, Mapping[str, Any]]]:
+    """What a row has measured of images: by seed, or (image classes, random weights) once."""
+    by_seed = [(f", seed {seed}", found) for seed, found in row.details.get("by_seed", {}).items()]
+    return by_seed + [("", row.details[name]) for name in ("image_classes", "random_weights") if name in row.details]
+
+
+def _nan_sentences(found: Mapping[str, Any]) -> list[str]:
+    sentences = []
+    if found.get("nan_skipped"):
+        sentences.append(
+            f"{found['nan_skipped']} images left out, whose attribution holds a NaN; {found['n']} measured."
+        )
+    if found.get("nan_predictions"):
+        sentences.append(
+            f"{found['nan_predictions']} of {found['predictions']} predictions hold a NaN or an infinity, and count as "
+            "wrong."
+        )
+    if found.get("undefined"):
+        sentences.append(
+            f"{found['undefined']} of {found['images']} maps have no rank correlation with random weights, because one "
+            "of the two is constant or holds a NaN."
+        )
+    return sentences
 
 
 def load_results(path: str | Path) -> Results:

@@ -80,6 +80,6 @@ def test_what_travels_with_a_model_needs_nothing_of_ours(name):
 
 
 def test_files_stay_small():
-    """A file that passes 300 lines holds more than one noun."""
-    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    """Catches a file that holds more than one noun: an alarm, at 500 lines."""
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500}
     assert long == {}

@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from smoot_hf import evaluate_faithfulness
+from smoot_hf import InputPipeline, evaluate_faithfulness
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "300", "--max_eval_samples", "20"]
@@ -112,6 +112,26 @@ def test_the_most_salient_pixels_go_first_and_only_they(recipe, checkpoints, tes
         logits = checkpoints["smoot"].model(pipeline.prepare_evaluation(pixels[None])).logits
     assert int(one.classes[0]) == int(logits.argmax())
     assert float(one.probability[0]) == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
+
+
+def test_a_nan_prediction_is_no_class(recipe):
+    """Fault: a model whose outputs are NaN once nothing of the image is left, said to predict the first class."""
+
+    class Standardising(torch.nn.Module):
+        def forward(self, images):
+            flat = images.flatten(1)
+            return ((flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True))[:, :3]
+
+    pipeline = InputPipeline(mean=(0.5,), std=(0.25,))
+    pixels = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4)
+    one = recipe("explanation").explain(recipe("checkpoints").Checkpoint(Standardising(), pipeline), pixels)
+    assert one.classes.tolist()[-1] == -1
+    assert -1 not in one.classes.tolist()[:-1]
+    assert float(one.probability[-1]) == 0
+    labels = ["zero", "one", "two"]
+    said = recipe("demo").verdict(one, labels, len(one.classes) - 1)
+    assert said.endswith("100 % removed: 0 %<br>now predicts <b>no class (NaN)</b>")
+    assert f"<b>{labels[int(one.classes[0])]}</b>" in said
 
 
 def test_an_example_comes_back_from_the_page_unchanged(recipe):
