@@ -130,7 +130,13 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
 
 
 def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:
-    """The decoded training and test images."""
+    """The decoded training and test images.
+
+    Raises:
+        ValueError: both are one split; else as `load_image_dataset` and `decode_images`.
+    """
+    if recipe.eval_split == recipe.train_split:
+        raise ValueError(f"eval_split={recipe.eval_split!r} is what is trained on: name another split")
     # The first process fills the cache, the others read it.
     with args.main_process_first(desc="decoding the images"):
         splits = load_splits(recipe, recipe.dataset)
