@@ -20,6 +20,7 @@ from smoot_hf.attributions import LogitsModel
 from smoot_hf.evaluation_data import DataBatch, rank_batch
 from smoot_hf.functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from smoot_hf.functional.removal import Fill, even_fractions, removal_ranks, removed_counts
+from smoot_hf.image_decoding import on_background
 from smoot_hf.model_state import model_device, untouched
 
 STEPS = 20
@@ -93,7 +94,7 @@ def as_pixels(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     channels, height, width = shape
     if image.mode not in _SHALLOW:
         raise ValueError(f"images of mode {image.mode!r} have more than 8 bits per channel: convert it to 8 bits first")
-    upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
+    upright = on_background(ImageOps.exif_transpose(image)).convert(_MODES[channels])
     small = np.array(ImageOps.fit(upright, (width, height), method=Image.Resampling.BOX))
     return torch.from_numpy(small.reshape(height, width, channels).transpose(2, 0, 1).copy())
 
