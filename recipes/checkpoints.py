@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from command_line import RecipeArguments
 from run_record import RECORD_NAME, RunRecord
-from train import limit
+from train import decode, limit, load_splits
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import smoot_hf.models  # noqa: F401 - makes the paper's CNN known to the Auto classes
 from smoot_hf import InputPipeline, MaskBudget
 from smoot_hf.budget_file import MASK_BUDGET_NAME
-from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.class_names import match_numbering
+from smoot_hf.data import DecodedImages
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 
@@ -24,7 +25,7 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) -> Checkpoint:
-    """As `read_checkpoint`, and check that it classifies the images of `test`.
+    """As `read_checkpoint`, and check that it classifies the images of `test`; its classes are numbered as theirs.
 
     Args:
         name: as in `read_checkpoint`.
@@ -86,23 +87,18 @@ def recorded_images(run: Path, split: str, dataset: str | None = None) -> Decode
     if dataset is None:
         raise ValueError(f"{run} has no {RECORD_NAME} that says what it was trained on: give --dataset")
     recorded = RecipeArguments(**{name: settings[name] for name in vars(RecipeArguments()) if name in settings})
-    splits = load_image_dataset(dataset, image_column=recorded.image_column, label_column=recorded.label_column)
-    splits = limit(splits, {"train": recorded.max_train_samples})
-    return DecodedImages(decode_images(splits, convert_rgb=recorded.convert_rgb)[split])
+    splits = limit(load_splits(recorded, dataset), {"train": recorded.max_train_samples})
+    return DecodedImages(decode(splits, recorded)[split])
 
 
 def _check_fit(name: str, model: Any, pipeline: InputPipeline, test: DecodedImages) -> None:
-    """Refuse what would give wrong numbers, or an error from deep inside: other classes, channels or sizes."""
-    theirs = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    if len(theirs) != len(test.label_names):
-        raise ValueError(f"{name} was trained on another data set: {len(theirs)} classes, not {len(test.label_names)}")
-    if theirs != test.label_names and set(theirs) == set(test.label_names):
-        raise ValueError(f"{name} numbers the classes in another order than the data set: {theirs[:3]}... first")
+    """Number the classes as the data do; refuse other classes, channels or sizes, which would give wrong numbers."""
+    match_numbering(model, test.label_names, name)
     channels, *native = test.image_shape
     if channels != len(pipeline.mean):
         raise ValueError(f"{name} takes {len(pipeline.mean)} channels, the images have {channels}: see --convert_rgb")
     # The paper's CNN and models from scratch were saved with the size of their training images.
-    size = pipeline.size
+    size = pipeline.crop_size or pipeline.size
     if model.config.model_type == "smoot_cnn" and isinstance(size, tuple) and list(size) != native:
         raise ValueError(f"{name} was trained on another data set: images of {size[0]}x{size[1]}, not "
                          f"{native[0]}x{native[1]}")  # fmt: skip

@@ -51,6 +51,15 @@ class RecipeArguments:
     convert_rgb: bool = field(
         default=False, metadata={"help": "Three channels for grey images, which pretrained models expect."}
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Resize and crop every image to a square of this side; needed where sizes are mixed."},
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on (default: the first of test, validation, valid, val with labels)."},
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many images, drawn at random, always the same ones."}
     )

@@ -266,13 +266,16 @@ def launch_settings() -> dict[str, Any]:
 
 def verdict(one: Explanation, labels: Sequence[str], step: int) -> str:
     """What a model says of the whole image, and what with so much of it removed, as HTML."""
-    first, now = int(one.classes[0]), int(one.classes[step])
+    first, now = (
+        "no class (NaN)" if predicted < 0 else labels[predicted]
+        for predicted in (int(one.classes[0]), int(one.classes[step]))
+    )
     whole, kept, removed = (100 * float(v) for v in (one.probability[0], one.probability[step], one.fractions[step]))
     changed = "still" if now == first else "now"
     # Three short lines whatever happens, so that the columns stay level.
     return (
-        f"Whole image: <b>{html.escape(labels[first])}</b>, {whole:.0f} %<br>{removed:.0f} % removed: {kept:.0f} %<br>"
-        f"{changed} predicts <b>{html.escape(labels[now])}</b>"
+        f"Whole image: <b>{html.escape(first)}</b>, {whole:.0f} %<br>{removed:.0f} % removed: {kept:.0f} %<br>"
+        f"{changed} predicts <b>{html.escape(now)}</b>"
     )
 
 

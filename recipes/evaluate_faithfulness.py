@@ -43,12 +43,12 @@ import torch
 from checkpoints import Checkpoint, load_checkpoint
 from command_line import OneLineParser
 from figures import Example, draw_curves, draw_image_classes
-from train import limit
+from train import decode, limit, load_splits
 
 from smoot_hf import Convention, Faithfulness, evaluate_faithfulness
 from smoot_hf.attributions import Method
 from smoot_hf.convention import PRESETS, resolve_convention
-from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.data import DecodedImages
 from smoot_hf.environment import describe_environment
 from smoot_hf.functional.removal import Fill
 from smoot_hf.image_classes import ImageClasses, find_image_classes
@@ -108,15 +108,17 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--image_column", help="Column of the images, where it is ambiguous.")
     parser.add_argument("--label_column", help="Column of the labels, where it is ambiguous.")
     parser.add_argument("--convert_rgb", action="store_true", help="Three channels for grey images.")
+    parser.add_argument("--image_size", type=int, help="Resize and crop to a square of this side, as in training.")
+    parser.add_argument("--train_split", default="train", help="Split that the model was trained on (default: train).")
+    parser.add_argument("--eval_split", help="Split to evaluate on (default: as recipes/train.py).")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
     return parser
 
 
 def load_test_images(options: argparse.Namespace) -> DecodedImages:
     """The decoded images of the held-out split."""
-    splits = load_image_dataset(options.dataset, image_column=options.image_column, label_column=options.label_column)
-    splits = limit(splits, {"test": options.max_eval_samples})
-    return DecodedImages(decode_images(splits, convert_rgb=options.convert_rgb)["test"])
+    splits = limit(load_splits(options, options.dataset), {"test": options.max_eval_samples})
+    return DecodedImages(decode(splits, options)["test"])
 
 
 def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Namespace, output: Path) -> Results:

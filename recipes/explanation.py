@@ -18,8 +18,9 @@ from torch import Tensor
 from smoot_hf import Convention
 from smoot_hf.attributions import LogitsModel
 from smoot_hf.evaluation_data import DataBatch, rank_batch
-from smoot_hf.functional.perturbation import measure_outputs, perturbed_outputs
+from smoot_hf.functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from smoot_hf.functional.removal import Fill, even_fractions, removal_ranks, removed_counts
+from smoot_hf.image_decoding import on_background
 from smoot_hf.model_state import model_device, untouched
 
 STEPS = 20
@@ -38,7 +39,8 @@ class Explanation:
         attribution: (H, W), magnitude of the gradient of the predicted class' logit.
         fractions: float64 (S+1,), true fractions removed.
         probability: (S+1,) in [0, 1], of the class predicted for the whole image.
-        classes: int64 (S+1,), the class predicted at each fraction; the first is that of the whole image.
+        classes: int64 (S+1,), the class predicted at each fraction; the first is that of the whole image. -1 where the
+            model's outputs hold a NaN and predict none: the probability is 0 there.
         pictures: uint8 (S+1, H, W, C), the image with the pixels removed.
     """
 
@@ -76,7 +78,7 @@ def explain(checkpoint: Checkpoint, pixels: Tensor, fill: Fill = "corner") -> Ex
         attribution=ranked.attribution[0].cpu(),
         fractions=torch.tensor(counts, dtype=torch.float64) / ranks.numel(),
         probability=measure_outputs(outputs, ranked.target, "probability")[0].cpu(),
-        classes=outputs[0].argmax(dim=1).cpu(),
+        classes=outputs[0].argmax(dim=1).where(has_prediction(outputs[0]), -1).cpu(),
         pictures=pictures.cpu().numpy(),
     )
 
@@ -92,7 +94,7 @@ def as_pixels(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
     channels, height, width = shape
     if image.mode not in _SHALLOW:
         raise ValueError(f"images of mode {image.mode!r} have more than 8 bits per channel: convert it to 8 bits first")
-    upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
+    upright = on_background(ImageOps.exif_transpose(image)).convert(_MODES[channels])
     small = np.array(ImageOps.fit(upright, (width, height), method=Image.Resampling.BOX))
     return torch.from_numpy(small.reshape(height, width, channels).transpose(2, 0, 1).copy())
 

@@ -112,7 +112,15 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
         patch_size=recipe.patch_size,
     )
     mean, std = train.channel_statistics()
-    processor = load_image_processor(recipe.model, model, (height, width), mean, std, from_scratch=recipe.from_scratch)
+    processor = load_image_processor(
+        recipe.model,
+        model,
+        (height, width),
+        mean,
+        std,
+        from_scratch=recipe.from_scratch,
+        center_crop=recipe.image_size is not None,
+    )
     if recipe.convert_rgb:
         processor.do_convert_rgb = True
     pipeline = InputPipeline.from_image_processor(
@@ -122,13 +130,34 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
 
 
 def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:
-    """The decoded training and test images."""
+    """The decoded training and test images.
+
+    Raises:
+        ValueError: both are one split; else as `load_image_dataset` and `decode_images`.
+    """
+    if recipe.eval_split == recipe.train_split:
+        raise ValueError(f"eval_split={recipe.eval_split!r} is what is trained on: name another split")
     # The first process fills the cache, the others read it.
     with args.main_process_first(desc="decoding the images"):
-        splits = load_image_dataset(recipe.dataset, image_column=recipe.image_column, label_column=recipe.label_column)
-        splits = limit(splits, {"train": recipe.max_train_samples, "test": recipe.max_eval_samples})
-        decoded = decode_images(splits, convert_rgb=recipe.convert_rgb)
+        splits = load_splits(recipe, recipe.dataset)
+        decoded = decode(limit(splits, {"train": recipe.max_train_samples, "test": recipe.max_eval_samples}), recipe)
     return DecodedImages(decoded["train"]), DecodedImages(decoded["test"])
+
+
+def load_splits(recipe: Any, dataset: str) -> DatasetDict:
+    """The stored images of a data set as the flags of a recipe say, `RecipeArguments` or those of the same names."""
+    return load_image_dataset(
+        dataset,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        train_split=recipe.train_split,
+        eval_split=recipe.eval_split,
+    )
+
+
+def decode(splits: DatasetDict, recipe: Any) -> DatasetDict:
+    """The images decoded as the flags of a recipe say."""
+    return decode_images(splits, convert_rgb=recipe.convert_rgb, image_size=recipe.image_size)
 
 
 def limit(splits: DatasetDict, sizes: dict[str, int | None]) -> DatasetDict:
@@ -162,11 +191,12 @@ def make_trainer(task: Task, args: SmootTrainingArguments, recipe: RecipeArgumen
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of images whose highest logit is that of the label."""
+    """Share of images whose highest logit is that of the label; logits that hold a NaN count as wrong."""
     outputs = prediction.predictions
     # Some models have further outputs; the logits of the class come first.
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    return {"accuracy": float(np.mean(logits.argmax(axis=-1) == prediction.label_ids))}
+    is_correct = logits.argmax(axis=-1) == prediction.label_ids
+    return {"accuracy": float(np.mean(is_correct & ~np.isnan(logits).any(axis=-1)))}
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:

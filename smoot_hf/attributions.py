@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import channel_mean, class_score, counter_uniform, input_saliency
+from .model_logits import run_classifier, takes_pixel_values
 
 Method = Literal[
     "gradient", "input_x_gradient", "integrated_gradients", "smooth_grad", "gradient_shap", "deep_lift", "random"
@@ -48,30 +49,27 @@ class LogitsModel(nn.Module):
     Serves evaluation and captum alike: captum fails on the `ModelOutput` of `transformers` and timm wrappers.
 
     Args:
-        model: returns logits (B, classes), or an output that has `.logits`.
+        model: returns a `ModelOutput` or a dict with `logits` (B, classes), or the logits alone. It gets the images as
+            `pixel_values=` where its forward knows that name, else as its first argument.
         resize: maps (B, C, H, W) to what the model takes; `None` where the images already come that way.
 
     Raises:
-        TypeError: from `forward`, where the model's output has no logits.
-        ValueError: from `forward`, where the logits are not (B, classes) with at least 2 classes.
+        ValueError: from `forward`, where the model's output has no logits, or they are not (B, classes) with at least
+            2 classes.
     """
 
     def __init__(self, model: nn.Module, resize: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         self.model = model
         self.resize = resize
+        self.by_name = takes_pixel_values(model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of normalised images: (B, C, H, W) -> (B, classes)."""
         if self.resize is not None:
             images = self.resize(images)
-        # By name: not every model of transformers takes the pixels first, or says in `main_input_name` what it takes.
-        is_of_transformers = hasattr(self.model, "main_input_name")
-        output = self.model(pixel_values=images) if is_of_transformers else self.model(images)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if logits is None:
-            raise TypeError(f"model must return a tensor or an output with .logits, got {type(output).__name__}")
-        if logits.ndim != 2 or logits.shape[1] < 2:
+        _, logits = run_classifier(self.model, images, by_name=self.by_name)
+        if logits.shape[1] < 2:
             raise ValueError(
                 f"model must give (B, classes) logits of at least 2 classes, got shape {tuple(logits.shape)}"
             )

@@ -77,8 +77,8 @@ def _results(results: Results, about: Mapping[str, Any], figures: Mapping[str, s
         )
         # One run: its seed stands in the settings, and the limits say what that means.
         parts.append(Results("", {}, {}, measured).markdown_table(columns).replace(" (n=1)", "").strip())
-        parts += [sentence for i, row in enumerate(measured, 1) for sentence in _reading(i, row)]
         parts += left_out_notes(measured)
+        parts += [sentence for i, row in enumerate(measured, 1) for sentence in _reading(i, row)]
     if "curves" in figures:
         parts.append(f"![Deletion and insertion curves, with a random order as the control]({figures['curves']})")
     if "saliency" in figures:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import functional as SF
 from .functional.saliency import without_autocast
+from .model_logits import no_logits, run_classifier
 
 
 class CleanPass(NamedTuple):
@@ -117,10 +118,12 @@ def forward(model: nn.Module, pixel_values: Tensor, other_inputs: Mapping[str, A
     """The model's own output and its logits (B, classes).
 
     Raises:
-        ValueError: it has none, or in training they carry no gradient.
+        ValueError: it has none, is a bare tensor, or in training they carry no gradient.
     """
-    outputs = model(pixel_values=pixel_values, **other_inputs)
-    logits = logits_of(outputs, len(pixel_values), num_labels_of(model))
+    outputs, logits = run_classifier(model, pixel_values, other_inputs, num_labels=num_labels_of(model))
+    if isinstance(outputs, Tensor):
+        # The Trainer takes what is not a dict for a tuple that begins with the loss, and would lose the first image.
+        raise ValueError(no_logits(outputs))
     if torch.is_grad_enabled() and not logits.requires_grad:
         raise ValueError(
             "the model's logits carry no gradient, which saliency is: its forward detaches them or runs under "
@@ -159,38 +162,6 @@ class _KnownGradients(torch.autograd.Function):
         # waiting for the device to say so.
         factor = torch.where((grad == grad[0]).all(), grad[0], math.nan)
         return None, None, *(None if known is None else known * factor for known in ctx.gradients)
-
-
-def logits_of(outputs: Any, batch_size: int, num_labels: int | None = None) -> Tensor:
-    """The `logits` of a model's output.
-
-    Args:
-        outputs: what the model returned.
-        batch_size: B, images that it was given.
-        num_labels: number of its classes, `None` where nothing says.
-
-    Raises:
-        ValueError: it has none, or they are not floating point (B, classes).
-    """
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    if logits is None:
-        raise ValueError(
-            f"the model's output ({type(outputs).__name__}) has no 'logits': return a ModelOutput or a dict with "
-            "logits of shape (B, classes)"
-        )
-    classes = logits.shape[1] if logits.ndim == 2 else None
-    if (
-        classes is None
-        or len(logits) != batch_size
-        or num_labels not in (None, classes)
-        or not torch.is_floating_point(logits)
-    ):
-        expected = f"({batch_size}, {'classes' if num_labels is None else num_labels})"
-        raise ValueError(
-            f"the model's logits must be floating point (B, classes), here {expected}, got {logits.dtype} "
-            f"{tuple(logits.shape)}: return one row per image, with config.num_labels columns"
-        )
-    return logits
 
 
 def num_labels_of(model: nn.Module) -> int | None:

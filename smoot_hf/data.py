@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,17 +10,27 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from PIL import Image
 from torch import Tensor
 
-from .data_columns import IMAGE, LABELS, PIXELS, as_class_labels, find_column
+from .data_columns import (
+    IMAGE,
+    LABELS,
+    PIXELS,
+    as_class_labels,
+    check_labels,
+    find_column,
+    has_labels,
+    number_as,
+    unlabelled_rows,
+)
 from .fingerprint import dataset_fingerprint
-from .image_decoding import decode_batch, pixels_of, stored_image
+from .image_decoding import Decoding, decode_batch, decode_image
+from .stored_splits import load_splits, number_as_features
 
 logger = logging.getLogger(__name__)
 
 
-# Where the held-out images are, in this order; the first that is there becomes "test".
+# Where the held-out images are, in this order; the first that is there and has labels becomes "test".
 _HELD_OUT = ("test", "validation", "valid", "val")
 
 # What is held in memory of the decoded images at a time, and the size of a piece of the cache.
@@ -29,79 +38,116 @@ _CHUNK_BYTES = 16 * 2**20
 
 
 def load_image_dataset(
-    name_or_path: str, *, image_column: str | None = None, label_column: str | None = None
+    name_or_path: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
 ) -> DatasetDict:
     """Load an image classification data set with the splits "train" and "test" and the columns "image" and "labels".
 
-    The held-out split is the first that exists of "test", "validation", "valid" and "val". Without any, a fifth of the
-    training images is held out: always the same ones, each class in proportion.
+    Classes have the same number in every split, by their names: those of the first training file's `ClassLabel`, or,
+    of plain integers or strings, all that any split has, sorted.
 
     Args:
         name_or_path: Hub id; local directory of Parquet files or of an imagefolder; or "digits", scikit-learn's
             handwritten digits (1,797 images of 8x8 pixels), which need no network.
         image_column: where several columns hold images.
         label_column: where several columns hold class labels, or none is marked as such.
+        train_split: which split becomes "train".
+        eval_split: which split becomes "test". By default the first of "test", "validation", "valid" and "val" that
+            has labels; without any, a fifth of the training images is held out: always the same ones, each class in
+            proportion. A split without labels (no class folders, -1 or null throughout) is passed over with a warning.
 
     Raises:
-        ValueError: a column or a split is missing, ambiguous or of the wrong type, or samples have no label; the
-            message lists the candidates.
+        ValueError: a column or a split is missing, ambiguous or of the wrong type; samples have no label; files or
+            splits have different classes. The message lists the candidates, or names split and row.
         OSError: the data are neither in a local directory nor to be had from the Hub.
         ImportError: "digits" without scikit-learn.
     """
-    splits = _digits() if name_or_path == "digits" else _load(name_or_path)
-    if "train" not in splits:
-        raise ValueError(f"data set {name_or_path!r} has no split 'train', only {list(splits)}")
-    held_out = next((name for name in _HELD_OUT if name in splits), None)
-    chosen = {"train": splits["train"], **({"test": splits[held_out]} if held_out else {})}
-    image_column = find_column(splits["train"].features, datasets.Image, image_column, "image_column")
-    label_column = find_column(splits["train"].features, ClassLabel, label_column, "label_column")
-    columns = {image_column: IMAGE, label_column: LABELS}
-    renamed = {name: split.select_columns(list(columns)).rename_columns(columns) for name, split in chosen.items()}
-    labelled = as_class_labels(DatasetDict(renamed))
-    if held_out is None:
-        logger.warning("data set %r has no held-out split: a fifth of 'train' is held out as 'test'", name_or_path)
-        try:
-            labelled = labelled["train"].train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)
-        except ValueError as error:
-            raise ValueError(
-                f"a fifth of the {len(labelled['train'])} images of {name_or_path!r} cannot be held out ({error}): add "
-                "a split 'test', or more images of each class"
-            ) from error
-    return labelled
+    stored = load_splits(name_or_path, train_split)
+    for argument, name in {"train_split": train_split, "eval_split": eval_split}.items():
+        if name is not None and name not in stored.splits:
+            without = f", and without labels {stored.unlabelled}" if stored.unlabelled else ""
+            found = f"only {list(stored.splits)}{without}"
+            raise ValueError(f"data set {name_or_path!r} has no split {name!r}, {found}: set {argument}")
+    features = stored.splits[train_split].features
+    image_column = find_column(features, datasets.Image, image_column, "image_column")
+    label_column = find_column(features, ClassLabel, label_column, "label_column")
+    new = {image_column: IMAGE, label_column: LABELS}
+    splits = {name: split.select_columns(list(new)).rename_columns(new) for name, split in stored.splits.items()}
+    eval_split = eval_split or _find_held_out(splits, stored.unlabelled, name_or_path)
+    roles = {"train": train_split} | ({"test": eval_split} if eval_split else {})
+    for name, argument in zip(roles.values(), ("train_split", "eval_split"), strict=False):
+        check_labels(splits[name], name, argument)
+    # Plain labels are numbered over every split that is labelled, whichever are chosen.
+    splits = as_class_labels({name: split for name, split in splits.items() if not len(unlabelled_rows(split))})
+    numbered = {
+        role: number_as_features(splits[name], stored.files.get(name, []), label_column) for role, name in roles.items()
+    }
+    return DatasetDict(numbered) if eval_split else _hold_out_a_fifth(numbered["train"], name_or_path)
 
 
-def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False) -> DatasetDict:
+def _find_held_out(splits: dict[str, Dataset], unlabelled: list[str], name_or_path: str) -> str | None:
+    """The first held-out split with labels; those that have none are passed over with a warning."""
+    unlabelled = [*unlabelled, *(name for name in _HELD_OUT if name in splits and not has_labels(splits[name]))]
+    found = next((name for name in _HELD_OUT if name in splits and name not in unlabelled), None)
+    passed_over = [name for name in _HELD_OUT if name in unlabelled]
+    if passed_over:
+        logger.warning("data set %r has splits without labels, which are passed over: %s", name_or_path, passed_over)
+    return found
+
+
+def _hold_out_a_fifth(train: Dataset, name_or_path: str) -> DatasetDict:
+    logger.warning("data set %r has no held-out split: a fifth of 'train' is held out as 'test'", name_or_path)
+    try:
+        return train.train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)
+    except ValueError as error:
+        raise ValueError(
+            f"a fifth of the {len(train)} images of {name_or_path!r} cannot be held out ({error}): add a split 'test', "
+            "or more images of each class"
+        ) from error
+
+
+def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size: int | None = None) -> DatasetDict:
     """Decode every image once, into rows of uint8 that are kept in the cache of HF Datasets and memory-mapped.
 
-    Grey images (modes L and 1) give one channel, all other 8-bit modes three; transparency is dropped. A second call
-    on the same data reads the cache.
+    Grey images (modes L and 1) give one channel, all other 8-bit modes three. Images are turned upright as their EXIF
+    data say, and laid on white where they are transparent. A second call on the same data reads the cache.
 
     Args:
         dataset: with the columns "image" and "labels", from `load_image_dataset`.
         convert_rgb: three channels for grey images as well, which pretrained models expect.
+        image_size: bring every image to a square of this side in pixels: resized until the shorter side fits
+            (bilinear, antialiased), and cropped at the centre. By default images must have one size, and keep it.
 
     Returns:
-        The splits with the columns "pixel_values" (fixed-size lists, C x H x W) and "labels".
+        The splits with the columns "pixel_values" (fixed-size lists, C x H x W) and "labels", which are numbered in all
+        splits as in the first.
 
     Raises:
-        ValueError: a split without images, an image that cannot be decoded, images of several sizes, or of more than 8
-            bits per channel.
+        ValueError: a split without images, or with classes that the first has not; an image that cannot be decoded,
+            has more than 8 bits per channel or another size than the first, named by row and file; `image_size` below
+            1.
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     for name, split in dataset.items():
         if not len(split):
             raise ValueError(f"split {name!r} of the data set holds no images")
-    feature = dataset["train"].features[IMAGE]
-    undecoded = DatasetDict(
-        {name: split.cast_column(IMAGE, datasets.Image(decode=False)) for name, split in dataset.items()}
-    )
-    shape = pixels_of(stored_image(undecoded["train"][0][IMAGE], feature, "train", 0), convert_rgb).shape
-    rows = max(1, _CHUNK_BYTES // int(np.prod(shape)))
+    first, *_ = dataset
+    feature, labels = (dataset[first].features[column] for column in (IMAGE, LABELS))
+    undecoded = {
+        name: number_as(split, labels, name).cast_column(IMAGE, datasets.Image(decode=False))
+        for name, split in dataset.items()
+    }
+    decoding = Decoding(convert_rgb, image_size)
+    shape = decode_image(undecoded[first][0][IMAGE], decoding, feature, first, 0).shape
+    rows = max(1, _CHUNK_BYTES // math.prod(shape))
     channels, height, width = shape
     features = Features(
-        {
-            PIXELS: List(List(List(Value("uint8"), length=width), length=height), length=channels),
-            LABELS: dataset["train"].features[LABELS],
-        }
+        {PIXELS: List(List(List(Value("uint8"), length=width), length=height), length=channels), LABELS: labels}
     )
     return DatasetDict(
         {
@@ -113,7 +159,7 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False) -> Dataset
                 writer_batch_size=rows,
                 features=features,
                 remove_columns=[IMAGE],
-                fn_kwargs={"shape": shape, "convert_rgb": convert_rgb, "feature": feature, "split": name},
+                fn_kwargs={"shape": shape, "decoding": decoding, "feature": feature, "split": name},
                 desc=f"Decoding {name} images",
             )
             for name, split in undecoded.items()
@@ -251,26 +297,3 @@ def _flat(chunk: pa.Array) -> np.ndarray:
     while pa.types.is_fixed_size_list(chunk.type):
         chunk = chunk.flatten()
     return chunk.to_numpy(zero_copy_only=True)
-
-
-def _load(name_or_path: str) -> DatasetDict:
-    try:
-        return datasets.load_dataset(name_or_path)
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        is_here = os.path.exists(name_or_path)
-        remedy = "mend or replace its files" if is_here else "--dataset takes a local directory as well"
-        raise OSError(f"cannot load the data set {name_or_path!r} ({reason}): {remedy}") from error
-
-
-def _digits() -> DatasetDict:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the data set 'digits' needs scikit-learn: pip install 'smoot-hf[recipes]'") from error
-    bunch = load_digits()
-    # Sixteen grey levels and zero, spread over the whole range of a byte.
-    images = [Image.fromarray(image) for image in (bunch.images * (255 / 16)).round().astype(np.uint8)]
-    features = Features({IMAGE: datasets.Image(), LABELS: ClassLabel(names=[str(digit) for digit in range(10)])})
-    digits = Dataset.from_dict({IMAGE: images, LABELS: bunch.target.tolist()}, features=features)
-    return digits.train_test_split(test_size=0.2, seed=0, stratify_by_column=LABELS)

@@ -12,9 +12,25 @@ from torch import Tensor, nn
 
 from .attributions import LogitsModel, Method
 from .convention import Convention, resolve_convention
-from .evaluation_data import AttributionFunction, RankedBatch, autocast, data_batches, is_ranked, rank_batch
+from .evaluation_data import (
+    AttributionFunction,
+    Collator,
+    RankedBatch,
+    autocast,
+    check_predictions,
+    data_batches,
+    is_ranked,
+    rank_batch,
+    warn_of_nan_predictions,
+)
 from .functional import counter_uniform
-from .functional.perturbation import area_under_curve, deletion_curve, insertion_curve
+from .functional.perturbation import (
+    area_under_curve,
+    deletion_outputs,
+    has_prediction,
+    insertion_outputs,
+    measure_outputs,
+)
 from .functional.removal import Fill, removed_counts
 from .image_identity import ImageIdentity
 from .intervals import mean_interval
@@ -34,11 +50,14 @@ class Curve:
         sample_auc: float64 (n,), the area under each image's own curve; their mean is `auc`.
         interval: 95 % interval of `auc` over the images, see `intervals.mean_interval`; `None` for a single image and
             for areas that are all the same, short of 0 and of the largest possible.
+        nan_predictions: of the n * (S+1) outputs of the model behind the curve, those that hold a NaN or an infinity
+            and so predict no class. They count as wrong: 0 % correct, and 0 % probability.
     """
 
     values: Tensor
     sample_auc: Tensor
     interval: tuple[float, float] | None
+    nan_predictions: int = 0
 
     @property
     def auc(self) -> float:
@@ -47,7 +66,12 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         """Curve, area and interval as plain values; the images' own areas are left out."""
-        return {"values": self.values.tolist(), "auc": self.auc, "interval": self.interval and list(self.interval)}
+        return {
+            "values": self.values.tolist(),
+            "auc": self.auc,
+            "interval": self.interval and list(self.interval),
+            "nan_predictions": self.nan_predictions,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +80,8 @@ class Faithfulness:
 
     Attributes:
         convention: how it was measured.
-        accuracy: of the unmasked images against their labels, over all images, the skipped ones included.
+        accuracy: of the unmasked images against their labels, over all images, the skipped ones included. A model whose
+            outputs for an image hold a NaN is wrong about it.
         fractions: float64 (S+1,), the true fractions: removed (insertion: restored) positions / (H * W).
         deletion: most salient positions removed first; lower is better.
         insertion: most salient positions restored first; higher is better. `None` where it was not asked for.
@@ -130,21 +155,38 @@ class Faithfulness:
         largest = self.largest_auc
         return mean_interval(self.least_salient_first.sample_auc - self.deletion.sample_auc, (-largest, largest))
 
+    @property
+    def predictions(self) -> int:
+        """Outputs of the model behind all the curves, one for each image and point."""
+        return len(self._curves) * self.n * len(self.fractions)
+
+    @property
+    def nan_predictions(self) -> int:
+        """Those of the outputs behind all the curves that hold a NaN or an infinity and count as wrong, see `Curve`."""
+        return sum(curve.nan_predictions for curve in self._curves.values())
+
+    @property
+    def _curves(self) -> dict[str, Curve]:
+        """Those that were measured, by name."""
+        curves = {name: getattr(self, name) for name in ("deletion", *ALL_CURVES)}
+        return {name: curve for name, curve in curves.items() if curve is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `results.json`, the convention among them."""
-        curves = {name: getattr(self, name) for name in ("deletion", *ALL_CURVES)}
         return {
             "convention": self.convention.to_dict(),
             "n": self.n,
             "nan_skipped": self.nan_skipped,
             "flat_skipped": self.flat_skipped,
             "dataset_fingerprint": self.dataset_fingerprint,
+            "predictions": self.predictions,
+            "nan_predictions": self.nan_predictions,
             "seed": self.seed,
             "accuracy": self.accuracy,
             "fractions": self.fractions.tolist(),
             "gap": self.gap,
             "gap_interval": self.gap_interval and list(self.gap_interval),
-            **{name: curve.to_dict() for name, curve in curves.items() if curve is not None},
+            **{name: curve.to_dict() for name, curve in self._curves.items()},
         }
 
 
@@ -158,6 +200,8 @@ def evaluate_faithfulness(
     convention: Convention | Literal["default", "paper"] = "default",
     curves: Sequence[FurtherCurve] = ALL_CURVES,
     input_pipeline: Any = None,
+    data_collator: Collator | None = None,
+    label_name: str | None = None,
     batch_size: int = 256,
     autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -171,7 +215,8 @@ def evaluate_faithfulness(
 
     Args:
         model: any image classifier: of `transformers`, timm's wrapper, or a module that returns logits.
-        dataset: map-style, with rows of `pixel_values` (C, H, W) and `labels` (or `label`); see `data_batches`.
+        dataset: map-style, with rows that are dicts of `pixel_values` (C, H, W) and `labels` (or `label`), or (image,
+            label) pairs as torchvision's, or whatever `data_collator` takes; see `data_batches`.
         attribution: a method of `attributions.attribute`, or a function (model, images (B, C, H, W), target (B,)) ->
             (B, H, W) of any real type. Default: the convention's, the gradient.
         steps: even steps between the convention's end points. Default: as the convention says.
@@ -181,6 +226,10 @@ def evaluate_faithfulness(
         curves: what to measure beside deletion.
         input_pipeline: normalises uint8 pixels and resizes after the mask, which acts at native resolution; `None`
             where the data come normalised and at the model's size.
+        data_collator: makes a batch of a list of rows, as the one of a `Trainer` does: a dict with `pixel_values`
+            (B, C, H, W) and labels (B,). What it normalises, resizes or reorders is what is measured. `None`: the rows
+            are stacked.
+        label_name: key of the labels; `None`: `labels` or `label`.
         batch_size: images per forward pass.
         autocast_dtype: for example `torch.bfloat16`; `None` runs in the model's own precision.
         seed: of the random ranking, the uniform fill and the noise of attributions.
@@ -189,9 +238,11 @@ def evaluate_faithfulness(
         Curves, areas and their intervals, in percent, with the convention that they depend on.
 
     Raises:
-        ValueError: an empty data set, a model of one class, labels that are no classes of the model, `steps` below 1,
-            an attribution of another shape than (B, H, W), one that in every image is NaN or the same at all positions,
-            or an unknown choice.
+        ValueError: an empty data set, or something else in its place (a `DataLoader`, a `DatasetDict`); a model whose
+            output has no logits, or of one class; labels that are text, floats or no classes of the model; `steps` that
+            is no whole number of at least 1; an attribution of another shape than (B, H, W), or an unknown choice.
+        NothingToMeasureError: a ValueError: for every image the attribution is NaN or the same at all positions, or the
+            model's outputs hold a NaN.
     """
     own = attribution if callable(attribution) else None
     convention = resolve_convention(convention, attribution, steps, fill)
@@ -201,9 +252,16 @@ def evaluate_faithfulness(
     scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
     parts: list[dict[str, Tensor]] = []
     positions, identity = 0, ImageIdentity(dataset)
-    batches = data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size, identity=identity)
     with untouched(model), autocast(model_device(model), autocast_dtype):
-        for batch in batches:
+        for batch in data_batches(
+            dataset,
+            model,
+            input_pipeline=input_pipeline,
+            data_collator=data_collator,
+            label_name=label_name,
+            batch_size=batch_size,
+            identity=identity,
+        ):
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
             parts.append(_measure(scorer, ranked, convention, curves, batch_size, seed))
             positions = batch.images[0, 0].numel()
@@ -224,23 +282,29 @@ def _measure(
     if "insertion" in curves or convention.fractions[-1] == 1.0:
         with torch.no_grad():
             known[positions] = score(batch.fill.expand_as(batch.images))
-    options: dict[str, Any] = {"measure": convention.measure, "chunk_size": batch_size, "known": known}
-    fixed = (batch.target, convention.fractions, batch.fill)
+    options: dict[str, Any] = {"chunk_size": batch_size, "known": known}
+    fixed = (convention.fractions, batch.fill)
     ranked = (score, batch.images, batch.attribution, *fixed)
     part = {
         "sample_idx": batch.sample_idx,
-        "is_correct": batch.outputs.argmax(dim=1) == batch.labels,
+        "is_correct": measure_outputs(batch.outputs[:, None], batch.labels, "accuracy")[:, 0],
+        "has_prediction": batch.has_prediction,
         "is_nan": batch.is_nan,
         "is_flat": batch.is_flat,
-        "deletion": deletion_curve(*ranked, **options),
     }
+
+    def add(name: str, outputs: Tensor) -> None:
+        part[name] = measure_outputs(outputs, batch.target, convention.measure)
+        part[f"{name}_has_prediction"] = has_prediction(outputs)
+
+    add("deletion", deletion_outputs(*ranked, **options))
     if "insertion" in curves:
-        part["insertion"] = insertion_curve(*ranked, **options)
+        add("insertion", insertion_outputs(*ranked, **options))
     if "least_salient_first" in curves:
-        part["least_salient_first"] = deletion_curve(*ranked, order="least_salient_first", **options)
+        add("least_salient_first", deletion_outputs(*ranked, order="least_salient_first", **options))
     if "random" in curves:
         noise = counter_uniform(seed, 0, batch.sample_idx, tuple(batch.images.shape[2:]))
-        part["random"] = deletion_curve(score, batch.images, noise, *fixed, **options)
+        add("random", deletion_outputs(score, batch.images, noise, *fixed, **options))
     return part
 
 
@@ -250,6 +314,7 @@ def _collect(
     """Means and areas over the images whose attribution ranks the positions."""
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     keep = is_ranked(columns["is_nan"], columns["is_flat"], convention)
+    check_predictions(columns["has_prediction"][keep])
     n = int(keep.sum())
     fractions = torch.tensor(removed_counts(convention.fractions, positions), dtype=torch.float64) / positions
     span = float(fractions[-1] - fractions[0]) if convention.normalisation == "span" else 1.0
@@ -259,8 +324,9 @@ def _collect(
         if name in columns:
             values = 100 * columns[name][keep].double()
             areas = area_under_curve(fractions, values) / span
-            measured[name] = Curve(values.mean(dim=0), areas, mean_interval(areas, bounds))
-    return Faithfulness(
+            without_prediction = int((~columns[f"{name}_has_prediction"][keep]).sum())
+            measured[name] = Curve(values.mean(dim=0), areas, mean_interval(areas, bounds), without_prediction)
+    found = Faithfulness(
         convention=convention,
         accuracy=100 * float(columns["is_correct"].double().mean()),
         fractions=fractions,
@@ -272,6 +338,8 @@ def _collect(
         dataset_fingerprint=fingerprint,
         **measured,  # type: ignore[arg-type]  # deletion is always measured
     )
+    warn_of_nan_predictions(found.nan_predictions, found.predictions)
+    return found
 
 
 def _largest_area(fractions: Tensor, convention: Convention) -> float:

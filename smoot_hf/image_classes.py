@@ -8,8 +8,17 @@ from torch import Tensor, nn
 
 from .attributions import LogitsModel, Method
 from .convention import Convention, resolve_convention
-from .evaluation_data import AttributionFunction, autocast, data_batches, is_ranked, rank_batch
-from .functional.perturbation import measure_outputs, perturbed_outputs
+from .evaluation_data import (
+    AttributionFunction,
+    Collator,
+    autocast,
+    check_predictions,
+    data_batches,
+    is_ranked,
+    rank_batch,
+    warn_of_nan_predictions,
+)
+from .functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from .functional.removal import Fill, removal_ranks, removed_counts
 from .model_state import model_device, untouched
 
@@ -36,6 +45,8 @@ class ImageClasses:
         nan_skipped: images left out because their attribution holds a NaN.
         convention: how it was measured.
         flat_skipped: images left out because their attribution has one value at all positions.
+        nan_predictions: of the n * (S+1) outputs of the model, those that hold a NaN or an infinity and so predict no
+            class: they count as wrong, with a probability of 0.
     """
 
     fractions: Tensor
@@ -47,6 +58,7 @@ class ImageClasses:
     nan_skipped: int
     convention: Convention
     flat_skipped: int = 0
+    nan_predictions: int = 0
 
     @property
     def gain(self) -> Tensor:
@@ -109,6 +121,8 @@ class ImageClasses:
             "n": len(self.probability),
             "nan_skipped": self.nan_skipped,
             "flat_skipped": self.flat_skipped,
+            "predictions": self.probability.numel(),
+            "nan_predictions": self.nan_predictions,
             "margin": self.margin,
             "share": self.share,
             "share_raised": self.share_raised,
@@ -132,6 +146,8 @@ def find_image_classes(
     margin: float = 0.01,
     convention: Convention | Literal["default", "paper"] = "default",
     input_pipeline: Any = None,
+    data_collator: Collator | None = None,
+    label_name: str | None = None,
     batch_size: int = 256,
     autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -148,6 +164,8 @@ def find_image_classes(
             last digits of a certain prediction out.
         convention: preset or `Convention`; its `measure` is not used, both curves are kept.
         input_pipeline: normalises, and resizes after the mask.
+        data_collator: makes a batch of a list of rows.
+        label_name: key of the labels; `None`: `labels` or `label`.
         batch_size: images per forward pass.
         autocast_dtype: `None` runs in the model's own precision.
         seed: of the random ranking, the uniform fill and the noise of attributions.
@@ -165,9 +183,16 @@ def find_image_classes(
     if convention.fractions[0] != 0:
         raise ValueError(f"fractions must start at 0, the unmasked image, got {convention.fractions}")
     scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
-    probability, is_correct, floor, sample_idx, is_nan, is_flat = [], [], [], [], [], []
+    probability, is_correct, predicts, floor, sample_idx, is_nan, is_flat = [], [], [], [], [], [], []
     with untouched(model), autocast(model_device(model), autocast_dtype):
-        for batch in data_batches(dataset, model, input_pipeline=input_pipeline, batch_size=batch_size):
+        for batch in data_batches(
+            dataset,
+            model,
+            input_pipeline=input_pipeline,
+            data_collator=data_collator,
+            label_name=label_name,
+            batch_size=batch_size,
+        ):
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
             positions = batch.images[0, 0].numel()
             counts = removed_counts(convention.fractions, positions)
@@ -177,6 +202,7 @@ def find_image_classes(
             outputs = perturbed_outputs(scorer, batch.images, ranked.fill, ranks, counts, batch_size, known)
             probability.append(measure_outputs(outputs, ranked.target, "probability"))
             is_correct.append(measure_outputs(outputs, ranked.target, "accuracy").bool())
+            predicts.append(has_prediction(outputs))
             without = measure_outputs(nothing[:, None], ranked.target, "probability")[:, 0]
             floor.append(without.clamp_min(1 / nothing.shape[1]))
             sample_idx.append(batch.sample_idx)
@@ -184,6 +210,10 @@ def find_image_classes(
             is_flat.append(ranked.is_flat)
     nan, flat = torch.cat(is_nan), torch.cat(is_flat)
     keep = is_ranked(nan, flat, convention)
+    has_predictions = torch.cat(predicts).cpu()[keep]
+    check_predictions(has_predictions[:, 0])
+    nan_predictions = int((~has_predictions).sum())
+    warn_of_nan_predictions(nan_predictions, has_predictions.numel())
     return ImageClasses(
         fractions=torch.tensor(counts, dtype=torch.float64) / positions,
         probability=torch.cat(probability).cpu()[keep],
@@ -194,4 +224,5 @@ def find_image_classes(
         nan_skipped=int(nan.sum()),
         convention=convention,
         flat_skipped=int(flat.sum()),
+        nan_predictions=nan_predictions,
     )

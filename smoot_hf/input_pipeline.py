@@ -34,8 +34,9 @@ _AUGMENTATION_STREAM = 0x6175676D656E74
 class InputPipeline:
     """What an image processor does, in batches on the images' device, and the augmentation of training.
 
-    All methods take or give batches (B, C, H, W); none waits for the device. Random numbers are a function of (seed,
-    epoch, sample), so a sample is augmented in the same way whatever the batch or the number of processes.
+    All methods take or give batches (B, C, H, W); none waits for the device, but for evaluation where it resizes by
+    Pillow, on the CPU. Random numbers are a function of (seed, epoch, sample), so a sample is augmented in the same way
+    whatever the batch or the number of processes.
 
     Attributes:
         mean: of each channel, of pixels / 255.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch.utils.data import Subset
 from transformers.utils import logging
 
 from .attributions import LogitsModel, attribute
@@ -18,11 +17,13 @@ from .card_figures import draw_budget, draw_curves, draw_saliency
 from .card_text import card_text
 from .environment import describe_environment
 from .evaluation import Faithfulness
-from .evaluation_data import data_batches
+from .evaluation_data import data_batches, evenly_spread
 from .fingerprint import dataset_fingerprint, hub_revision
+from .functional.perturbation import has_prediction
 from .model_state import untouched
 from .published_processor import processor_agrees
 from .results import Measurement, Results, Row, faithfulness_row
+from .saving_trainer import first_line
 from .training_args import changed_arguments
 
 logger = logging.get_logger(__name__)
@@ -243,7 +244,7 @@ def _draw(trainer: Any, faithfulness: Sequence[Faithfulness], folder: Path) -> d
             draw_budget(budget, folder / "k_histogram.png")
         if faithfulness:
             draw_curves(faithfulness, folder / "curves.png")
-            draw_saliency(*_examples(trainer), folder / "saliency.png")
+            _draw_examples(trainer, folder / "saliency.png")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
@@ -251,18 +252,40 @@ def _draw(trainer: Any, faithfulness: Sequence[Faithfulness], folder: Path) -> d
     return {name: f"{FIGURES}/{name}.png" for name in names if (folder / f"{name}.png").is_file()}
 
 
+def _draw_examples(trainer: Any, path: Path) -> None:
+    """Draw the saliency grid; where that cannot be done, for whatever reason the data give, the card goes without."""
+    try:
+        draw_saliency(*_examples(trainer), path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        logger.warning(f"the card has no saliency grid: {first_line(error)}")
+
+
 def _examples(trainer: Any) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     """Pictures, titles and saliency of some evaluation images, spread evenly over the set."""
-    dataset, model, pipeline = trainer.eval_dataset, trainer.model, trainer.input_pipeline
-    count = min(_SHOWN_IMAGES, len(dataset))
-    rows = Subset(dataset, [row * len(dataset) // count for row in range(count)])
+    if isinstance(trainer.eval_dataset, dict):
+        raise ValueError(f"eval_dataset is a dict of several sets, {list(trainer.eval_dataset)}")
+    model, pipeline = trainer.model, trainer.input_pipeline
     scorer = LogitsModel(model, pipeline and pipeline.resize)
     with untouched(model):
-        batch = next(iter(data_batches(rows, model, input_pipeline=pipeline, batch_size=count)))
+        # The loader of the trainer's own evaluations: its rows, through its collator.
+        loader = trainer.get_eval_dataloader()
+        rows = evenly_spread(loader.dataset, _SHOWN_IMAGES)
+        batches = data_batches(
+            rows,
+            model,
+            input_pipeline=pipeline,
+            data_collator=loader.collate_fn,
+            label_name=trainer.label_names[0],
+            batch_size=len(rows),
+        )
+        batch = next(iter(batches))
         with torch.no_grad():
-            predicted = scorer(batch.images).argmax(dim=1)
-        maps = attribute(scorer, batch.images, batch.labels, batch.sample_idx, batch_size=count)
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+            outputs = scorer(batch.images)
+        predicted = outputs.argmax(dim=1).where(has_prediction(outputs), -1)
+        maps = attribute(scorer, batch.images, batch.labels, batch.sample_idx, batch_size=len(rows))
+    names = {**(getattr(getattr(model, "config", None), "id2label", None) or {}), -1: "no class (NaN)"}
     pairs = zip(batch.labels.tolist(), predicted.tolist(), strict=True)
     titles = [
         f"{names.get(label, label)}" + ("" if label == found else f"\npredicted {names.get(found, found)}")

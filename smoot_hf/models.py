@@ -13,6 +13,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from .class_names import adopt_numbering, class_names
 from .grey_image_processor import GreyImageProcessor
 from .modeling_smoot_cnn import PaperCnnConfig, PaperCnnForImageClassification
 
@@ -40,7 +41,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Build a classifier of `labels` for images of one size, from a checkpoint or with random weights.
 
-    A checkpoint keeps its own input size: the `InputPipeline` resizes after the mask. A model from scratch takes the
+    A checkpoint keeps its own input size: the `InputPipeline` resizes after the mask. Where it has classified the same
+    classes in another order, the rows of its head are permuted to the order of `labels`. A model from scratch takes the
     images as they are, except for timm's, which keep the size of their configuration.
 
     Args:
@@ -74,7 +76,10 @@ def load_model(
         return AutoModelForImageClassification.from_config(
             _deit_tiny_config(image_size, num_channels, patch_size, names)
         )
-    config = _load_config(_checkpoint(name), names)
+    config = _load_config(_checkpoint(name))
+    trained_for = class_names(config)
+    # Set afterwards: `from_pretrained` complains where the number of classes changes.
+    config.id2label, config.label2id = names["id2label"], names["label2id"]
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and type(config) is not PaperCnnConfig:
         raise ValueError(f"model {name!r} is a {config.model_type!r}, of which transformers has no image classifier")
     if from_scratch:
@@ -83,7 +88,7 @@ def load_model(
     try:
         if from_scratch:
             return AutoModelForImageClassification.from_config(config)
-        return AutoModelForImageClassification.from_pretrained(
+        model = AutoModelForImageClassification.from_pretrained(
             _checkpoint(name), config=config, ignore_mismatched_sizes=True
         )
     except ImportError as error:
@@ -94,6 +99,9 @@ def load_model(
             f"cannot load the weights of {name!r} ({_first_line(error)}): fetch or save them again, or train "
             "--from_scratch"
         ) from error
+    if len(trained_for) == len(labels):
+        adopt_numbering(model, trained_for, labels, name)
+    return model
 
 
 def load_image_processor(
@@ -104,6 +112,7 @@ def load_image_processor(
     std: tuple[float, ...],
     *,
     from_scratch: bool = False,
+    center_crop: bool = False,
 ) -> Any:
     """The image processor that belongs beside a model, so that inference sees the pixels that training saw.
 
@@ -114,6 +123,8 @@ def load_image_processor(
         mean: of each channel of the training set, of pixels / 255.
         std: the same, the standard deviation.
         from_scratch: as in `load_model`.
+        center_crop: the native size is a square that images were resized and cropped to (`image_size` of
+            `decode_images`): for a model from scratch, let the processor do so as well.
 
     Returns:
         The checkpoint's own processor; for a model from scratch a `ViTImageProcessor` of the native size that
@@ -126,8 +137,10 @@ def load_image_processor(
     if name == "cnn" or (from_scratch and model.config.model_type != "timm_wrapper"):
         height, width = image_size
         is_grey = len(mean) == 1
+        sides = {"height": height, "width": width}
+        resizing = {"size": {"shortest_edge": height}, "do_center_crop": True, "crop_size": sides}
         return (GreyImageProcessor if is_grey else ViTImageProcessor)(
-            size={"height": height, "width": width},
+            **(resizing if center_crop else {"size": sides}),
             image_mean=list(mean),
             image_std=list(std),
             do_convert_rgb=not is_grey,
@@ -154,16 +167,13 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _load_config(checkpoint: str, names: dict[str, Any]) -> Any:
+def _load_config(checkpoint: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise OSError(
             f"cannot load the model {checkpoint!r} ({_first_line(error)}): --model takes a local directory as well"
         ) from error
-    # Set afterwards: `from_pretrained` complains where the number of classes changes.
-    config.id2label, config.label2id = names["id2label"], names["label2id"]
-    return config
 
 
 def _deit_tiny_config(

@@ -39,6 +39,8 @@ logger = logging.get_logger(__name__)
 
 SCHEMA_VERSION = 1
 _DEEPEST = 50
+# What the details count.
+_COUNTS = {"n", "images", "undefined", "nan_skipped", "flat_skipped", "predictions", "nan_predictions"}
 
 _TOP = {"schema_version": int, "task": str, "settings": dict, "environment": dict, "rows": list}
 _ROW = {"name": str, "convention": dict | None, "metrics": dict, "details": dict}
@@ -198,34 +200,52 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
 
 
 def left_out_notes(rows: Sequence[Row]) -> list[str]:
-    """A sentence for every measurement that left out images, because their attribution holds a NaN or is flat.
+    """A sentence for everything that was left out of a number or counted as wrong.
+
+    These are images left out because their attribution holds a NaN or is flat, predictions counted as wrong because
+    they hold a NaN, and maps without a rank correlation.
 
     Args:
         rows: of faithfulness, with their measurements by seed in the details, and of image classes and random weights,
             with theirs as `recipes/evaluate_faithfulness.py` writes them. Other rows are passed over.
     """
-    notes = []
-    for row in rows:
-        if row.convention is None:
-            continue
-        fill = f", {row.convention['fill']} fill" if "fill" in row.convention else ""
-        measured = {f", seed {seed}{fill}": found for seed, found in row.details.get("by_seed", {}).items()}
-        if "image_classes" in row.details:
-            measured[fill] = row.details["image_classes"]
-        for place, found in measured.items():
-            for count, reason in (("nan_skipped", "holds a NaN"), ("flat_skipped", "has one value at all positions")):
-                if found.get(count):
-                    notes.append(
-                        f"{row.name}{place}: {found[count]} images left out, whose attribution {reason}; "
-                        f"{found.get('n', '?')} measured."
-                    )
-        check = row.details.get("random_weights", {})
-        if check.get("undefined"):
-            notes.append(
-                f"{row.name}: {check['undefined']} of {check.get('images', '?')} images have no rank correlation with "
-                "random weights, because a map holds a NaN or has one value at all positions."
+    return [
+        f"{row.name}{seed}{_fill(row.convention)}: {sentence}"
+        for row in rows
+        if row.convention is not None
+        for seed, found in _measurements(row)
+        for sentence in _sentences(found)
+    ]
+
+
+def _fill(convention: Mapping[str, Any]) -> str:
+    return f", {convention['fill']} fill" if "fill" in convention else ""
+
+
+def _measurements(row: Row) -> list[tuple[str, Mapping[str, Any]]]:
+    """What a row has measured of images: by seed, or (image classes, random weights) once."""
+    by_seed = [(f", seed {seed}", found) for seed, found in row.details.get("by_seed", {}).items()]
+    return by_seed + [("", row.details[name]) for name in ("image_classes", "random_weights") if name in row.details]
+
+
+def _sentences(found: Mapping[str, Any]) -> list[str]:
+    sentences = []
+    for count, reason in (("nan_skipped", "holds a NaN"), ("flat_skipped", "has one value at all positions")):
+        if found.get(count):
+            sentences.append(
+                f"{found[count]} images left out, whose attribution {reason}; {found.get('n', '?')} measured."
             )
-    return notes
+    if found.get("nan_predictions"):
+        sentences.append(
+            f"{found['nan_predictions']} of {found.get('predictions', '?')} predictions hold a NaN or an infinity, and "
+            "count as wrong."
+        )
+    if found.get("undefined"):
+        sentences.append(
+            f"{found['undefined']} of {found.get('images', '?')} maps have no rank correlation with random weights, "
+            "because one of the two is constant or holds a NaN."
+        )
+    return sentences
 
 
 def load_results(path: str | Path) -> Results:
@@ -329,7 +349,7 @@ def _check_details(details: Mapping[str, Any], place: str) -> None:
         found[f"by_seed[{reprlib.repr(seed)}]"] = value
     for name, value in found.items():
         _check_object(value, f"{place}.{name}")
-        for count in {"n", "images", "undefined", "nan_skipped", "flat_skipped"} & value.keys():
+        for count in _COUNTS & value.keys():
             if not isinstance(value[count], int) or isinstance(value[count], bool) or not _is_finite(value[count]):
                 raise ValueError(f"{place}.{name}.{count} must be int, got {reprlib.repr(value[count])}")
 

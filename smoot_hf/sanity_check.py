@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .attributions import AttributionScore, LogitsModel, Method, attribute
-from .evaluation_data import autocast, data_batches
+from .evaluation_data import Collator, autocast, data_batches
 from .functional.masking import ranking_key
 from .functional.removal import check_choice
 from .model_state import model_device, untouched
@@ -60,6 +60,8 @@ def randomized_weights_correlation(
     score: AttributionScore = "logit",
     signed: bool = False,
     input_pipeline: Any = None,
+    data_collator: Collator | None = None,
+    label_name: str | None = None,
     batch_size: int = 256,
     autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -77,6 +79,8 @@ def randomized_weights_correlation(
         score: whose gradient it is.
         signed: rank by the signed value, or by the magnitude.
         input_pipeline: normalises, and resizes to the model's input.
+        data_collator: makes a batch of a list of rows.
+        label_name: key of the labels; `None`: `labels` or `label`.
         batch_size: images per forward pass.
         autocast_dtype: `None` runs in the model's own precision.
         seed: of the new weights and of the noise of attributions.
@@ -93,7 +97,15 @@ def randomized_weights_correlation(
 
     def maps(judged: nn.Module, title: str) -> Tensor:
         scorer = LogitsModel(judged, input_pipeline and input_pipeline.resize)
-        batches = data_batches(dataset, judged, input_pipeline=input_pipeline, batch_size=batch_size, title=title)
+        batches = data_batches(
+            dataset,
+            judged,
+            input_pipeline=input_pipeline,
+            data_collator=data_collator,
+            label_name=label_name,
+            batch_size=batch_size,
+            title=title,
+        )
         return torch.cat(
             [
                 attribute(scorer, batch.images, batch.labels, batch.sample_idx, batch_size=batch_size, **options)

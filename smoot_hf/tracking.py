@@ -17,6 +17,7 @@ from .attributions import LogitsModel, attribute
 from .mask_budget import MaskBudget
 from .model_state import model_device, model_dtype, untouched
 from .sample_index import has_index
+from .saving_trainer import first_line
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +61,11 @@ class Tracking(TrainerCallback):
         pictures = {}
         dataset: Any = getattr(eval_dataloader, "dataset", None)
         if eval_dataloader is not None and has_index(dataset) and len(dataset):
-            pictures[_tag(metrics or {})] = self._grid(eval_dataloader)
+            try:
+                pictures[_tag(metrics or {})] = self._grid(eval_dataloader)
+            except Exception as error:
+                # Whatever a model or a data set raises here (one without labels a KeyError): the training goes on.
+                logger.warning_once(f"no saliency grid for the tracker: {first_line(error)}")
         else:
             logger.warning_once("no saliency grid for the tracker: the evaluation set has no length and index")
         histogram = None if self.trainer.mask_budget is None else histogram_of(self.trainer.mask_budget)

@@ -281,5 +281,5 @@ def test_errors_name_what_is_wrong():
         attribute(LogitsModel(modular()), images, target, rows, score="probability")
     with pytest.raises(ValueError, match="at least 2 classes"):
         LogitsModel(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)))(images)
-    with pytest.raises(TypeError, match=r"an output with \.logits, got tuple"):
+    with pytest.raises(ValueError, match=r"output \(tuple\) has no 'logits'"):
         LogitsModel(nn.MaxPool2d(2, return_indices=True))(images)

@@ -54,8 +54,14 @@ IN_RECIPES = {
     "null image": parquet(r"row 9 of split 'train' has no image \(null\)", images=[*GOOD[:9], None]),
     "corrupt file": imagefolder(r"row 1 .*cat/10.png\) cannot be decoded", two_classes(("cat", b"no image"))),
     "file of no bytes": imagefolder(r"cat/10.png\) cannot be decoded", two_classes(("cat", b""))),
-    "ragged sizes": imagefolder(r"one size, .*\(3, 8, 8\) and .*\(3, 9, 8\)", two_classes(("cat", png(1, (9, 8))))),
-    "grey among colour": imagefolder("one size.*convert_rgb makes grey", two_classes(("cat", png(1, mode="L")))),
+    "ragged sizes": imagefolder(
+        r"one size: .*\(3, 8, 8\).* row 1 .*/cat/10.png\) is \(3, 9, 8\); set image_size",
+        two_classes(("cat", png(1, (9, 8)))),
+    ),
+    "grey among colour": imagefolder(
+        r"one size: .*/cat/10.png\) is \(1, 8, 8\); set convert_rgb",
+        two_classes(("cat", png(1, mode="L"))),
+    ),
     "no rows": parquet("cannot load .*corresponds to no data", images=[], labels=[]),
     "no test rows": parquet('cannot load .*"test" corresponds to no data', test_labels=[]),
     "one sample, nothing held out": parquet("a fifth of the 1 images", images=GOOD[:1], labels=[0], splits=["train"]),
@@ -67,10 +73,16 @@ IN_RECIPES = {
         features=Features({"image": datasets.Image(), "label": ClassLabel(names=["cat"])}),
     ),
     "one class folder": imagefolder("label_column.*a folder for each class", [("cat", image) for image in GOOD]),
-    "label -1": parquet(r"samples without a label \(-1\)", labels=[*TURNS[:9], -1], test_labels=TURNS),
-    "label -1 in the test split": parquet(r"samples without a label \(-1\)", test_labels=[*TURNS[:9], -1]),
+    "label -1": parquet(
+        r"'train' has 1 of 10 samples without a label \(-1\), the first in row 9: .*train_split",
+        labels=[*TURNS[:9], -1], test_labels=TURNS,
+    ),
+    "label -1 in the test split": parquet(
+        r"'test' has 1 of .* without a label \(-1\), .* row 9: .*eval_split", test_labels=[*TURNS[:9], -1]
+    ),
     "label of no class": parquet(
-        "samples of class 5, but only 2 classes", test_labels=[*TURNS[:9], 5],
+        r"'test.parquet' .* \['0', .*\] and 1 more cannot be told by name among \['cat', 'dog'\]",
+        test_labels=[*TURNS[:9], 5],
         test_features=Features({"image": datasets.Image(), "label": ClassLabel(num_classes=6)}),
     ),
     "null label": parquet(r"without a label \(null\)", "--label_column", "label", labels=[*TURNS[:9], None],

@@ -123,8 +123,8 @@ CASES = {
     ),
     "faithfulness of a tuple": Case(
         lambda _: evaluate_faithfulness(Returns(lambda logits: (logits,)), TinyImages(4)),
-        TypeError,
-        "must return a tensor or an output with .logits, got tuple",
+        ValueError,
+        r"output \(tuple\) has no 'logits'",
     ),
     "faithfulness of NaN": Case(
         lambda _: evaluate_faithfulness(Returns(with_logits(lambda x: x * float("nan"))), TinyImages(4)),

@@ -186,13 +186,6 @@ def test_sixteen_bits_are_refused():
         decode_images(DatasetDict(train=as_dataset([image])))
 
 
-def test_several_sizes_are_refused():
-    """Fault: an error of NumPy or Arrow about shapes."""
-    split = as_dataset([*pillow_images(2), *pillow_images(1, size=(7, 6))])
-    with pytest.raises(ValueError, match=r"one size, found .*\(3, 4, 5\) and \[\(3, 6, 7\)\]: resize"):
-        decode_images(DatasetDict(train=split))
-
-
 def test_second_decoding_reads_the_cache(tmp_path, monkeypatch):
     """Fault: every run decodes anew, or keeps the pixels in memory."""
     path = write_parquet(tmp_path / "set", TWO_CLASSES, {"image": pillow_images(4), "label": [0, 1, 0, 1]})

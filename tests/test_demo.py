@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from smoot_hf import evaluate_faithfulness
+from smoot_hf import InputPipeline, evaluate_faithfulness
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "300", "--max_eval_samples", "20"]
@@ -114,6 +114,26 @@ def test_the_most_salient_pixels_go_first_and_only_they(recipe, checkpoints, tes
     assert float(one.probability[0]) == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
 
 
+def test_a_nan_prediction_is_no_class(recipe):
+    """Fault: a model whose outputs are NaN once nothing of the image is left, said to predict the first class."""
+
+    class Standardising(torch.nn.Module):
+        def forward(self, images):
+            flat = images.flatten(1)
+            return ((flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True))[:, :3]
+
+    pipeline = InputPipeline(mean=(0.5,), std=(0.25,))
+    pixels = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4)
+    one = recipe("explanation").explain(recipe("checkpoints").Checkpoint(Standardising(), pipeline), pixels)
+    assert one.classes.tolist()[-1] == -1
+    assert -1 not in one.classes.tolist()[:-1]
+    assert float(one.probability[-1]) == 0
+    labels = ["zero", "one", "two"]
+    said = recipe("demo").verdict(one, labels, len(one.classes) - 1)
+    assert said.endswith("100 % removed: 0 %<br>now predicts <b>no class (NaN)</b>")
+    assert f"<b>{labels[int(one.classes[0])]}</b>" in said
+
+
 def test_an_example_comes_back_from_the_page_unchanged(recipe):
     """Fault: enlarging for the screen changes what the model sees."""
     explanation = recipe("explanation")
@@ -127,12 +147,12 @@ def test_an_example_comes_back_from_the_page_unchanged(recipe):
 def test_dropped_images_of_any_kind_become_what_the_models_know(recipe):
     """Fault: a squeezed, sideways or transposed picture, and 16 bits cut to white without a word."""
     as_pixels = recipe("explanation").as_pixels
-    left_half_red = Image.new("RGBA", (40, 20))
+    left_half_red = Image.new("RGBA", (40, 20))  # the right half is transparent: the data's white shows
     left_half_red.paste((255, 0, 0, 255), (0, 0, 20, 20))
     square = as_pixels(left_half_red, (3, 8, 8))
     assert square.shape == (3, 8, 8)
-    assert square[0].tolist() == [[255] * 4 + [0] * 4] * 8
-    assert int(square[1:].max()) == 0
+    assert square[0].tolist() == [[255] * 8] * 8
+    assert square[1].tolist() == square[2].tolist() == [[0] * 4 + [255] * 4] * 8
     sideways = Image.new("L", (20, 20))
     sideways.paste(255, (0, 0, 20, 10))
     exif = Image.Exif()

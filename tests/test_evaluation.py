@@ -436,6 +436,79 @@ def test_attributions_of_every_real_dtype_measure_the_same(dtype):
         assert torch.equal(getattr(found, name).sample_auc, getattr(expected, name).sample_auc)
 
 
+class Standardising(nn.Module):
+    """Divides each image by its own spread: its outputs are NaN once nothing but the fill is left."""
+
+    def __init__(self, order=tuple(range(CLASSES))):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(72, CLASSES)
+        with torch.no_grad():
+            self.head.weight.copy_(self.head.weight[list(order)])
+            self.head.bias.copy_(self.head.bias[list(order)])
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return self.head((flat - flat.mean(dim=1, keepdim=True)) / flat.std(dim=1, keepdim=True))
+
+
+def grey(n=10):
+    """Both channels are one, so that the corner's fill leaves an image of one colour."""
+    return [{**row, "pixel_values": row["pixel_values"][:1].expand(2, -1, -1)} for row in rows(n)]
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "probability"])
+def test_nan_predictions_are_wrong_whatever_the_classes_are_called(measure):
+    """Catches the argmax of NaN, 0, that is right for the images of class 0, and a NaN probability of the whole."""
+    convention, found = Convention(measure=measure), []
+    for shift in range(CLASSES):
+        data = [{**row, "labels": (row["labels"] + shift) % CLASSES} for row in grey(40)]
+        model = Standardising([(j - shift) % CLASSES for j in range(CLASSES)])
+        found.append(evaluate_faithfulness(model, data, convention=convention))
+    for name in ("deletion", "insertion", "least_salient_first", "random"):
+        curves = [getattr(one, name).values for one in found]
+        assert bool(curves[0].isfinite().all())
+        for curve in curves[1:]:
+            torch.testing.assert_close(curve, curves[0])
+    assert found[0].deletion_curve[-1] == found[0].insertion_curve[0] == 0
+    assert found[0].deletion_curve[0] > 0
+
+
+def test_nan_predictions_are_counted_and_said(monkeypatch):
+    """Catches predictions counted as wrong without a word: each of the four curves has one point without any pixel."""
+    said = []
+    monkeypatch.setattr(evaluation_data.logger, "warning", said.append)
+    found = evaluate_faithfulness(Standardising(), grey())
+    assert (found.nan_predictions, found.predictions) == (40, 440)
+    assert found.deletion.nan_predictions == 10
+    assert found.to_dict()["nan_predictions"] == 40
+    assert found.to_dict()["deletion"]["nan_predictions"] == 10
+    assert len(said) == 1
+    assert said[0].startswith("40 of 440 predictions hold a NaN or an infinity: counted as wrong.")
+    said.clear()
+    assert evaluate_faithfulness(small_model(), grey()).nan_predictions == 0
+    assert said == []
+
+
+def test_a_nan_prediction_of_the_whole_image_is_wrong():
+    """Catches an accuracy that takes NaN for class 0: the control ranks such an image, for which no gradient can."""
+    data = [{"pixel_values": torch.zeros(2, 6, 6), "labels": 0}, *grey(3)]
+    found = evaluate_faithfulness(Standardising(), data, "random", curves=())
+    alone = evaluate_faithfulness(Standardising(), data[1:], "random", curves=())
+    assert found.accuracy == pytest.approx(alone.accuracy * 3 / 4)
+    assert found.deletion.sample_auc[0] == 0
+
+
+def test_a_model_that_predicts_nothing_is_refused():
+    """Catches an area of 0, the best there is, of a model whose outputs are NaN and whose gradient is not."""
+    model = small_model()
+    nn.init.constant_(model[5].bias, math.nan)
+    with pytest.raises(ValueError, match="hold a NaN or an infinity for every one of the 10 unmasked images"):
+        evaluate_faithfulness(model, rows())
+    with pytest.raises(ValueError, match="hold a NaN or an infinity for every one of the 10 unmasked images"):
+        find_image_classes(model, rows())
+
+
 class Detached(nn.Module):
     """Its logits are cut off from everything."""
 

@@ -136,3 +136,37 @@ def test_model_is_left_as_found():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(4, 2)).train()
     find_image_classes(model, DATA)
     assert all(module.training for module in model.modules())
+
+
+class Standardised(PixelSum):
+    """The sum of pixels divided by their spread: NaN for an image of one colour."""
+
+    def __init__(self, first=0):
+        super().__init__()
+        self.first = first
+
+    def forward(self, images):
+        logits = super().forward((images - images.mean()) / images.std(dim=(1, 2, 3), keepdim=True) + images)
+        return logits if self.first == 0 else logits.flip(1)
+
+
+def test_nan_predictions_hurt_whatever_the_classes_are_called():
+    """Catches images made right by NaN, whose argmax is class 0, and a share of class II that one NaN makes zero.
+
+    With nothing left the fill is zero everywhere, and the outputs are NaN: at the last of five points, in every image.
+    """
+    found = []
+    for first in (0, 1):
+        data = [{**row, "labels": first} for row in DATA]
+        found.append(find_image_classes(Standardised(first), data, magnitude, steps=4, fill="zero", batch_size=1))
+    for one in found:
+        assert one.nan_predictions == 3
+        assert not bool(one.is_correct[:, -1].any())
+        assert one.probability[:, -1].tolist() == [0.0] * 3
+        assert one.floor.tolist() == [0.5] * 3
+        assert bool(one.gain.isfinite().all())
+        stated = one.to_dict()
+        assert (stated["nan_predictions"], stated["predictions"]) == (3, 15)
+    assert torch.equal(found[0].is_class_two, found[1].is_class_two)
+    assert bool(found[0].is_class_two.any())
+    torch.testing.assert_close(found[0].probability, found[1].probability)

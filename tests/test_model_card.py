@@ -1,5 +1,6 @@
 """The model card: written from the run, and from nothing else."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -223,3 +224,41 @@ def test_results_json_is_whole(run, tmp_path):
     assert content["environment"]["torch"] == torch.__version__
     assert len(content["rows"]) == 3
     assert len(content["rows"][1]["details"]["by_seed"]["42"]["deletion"]["values"]) == 5
+
+
+class Unlabelled(TinyImages):
+    """Images to predict, not to evaluate."""
+
+    def __getitem__(self, i):
+        return {"pixel_values": super().__getitem__(i)["pixel_values"]}
+
+
+def test_a_saliency_grid_that_cannot_be_drawn_costs_the_grid_alone(trained, tmp_path, monkeypatch):
+    """Fault: a card, and the push behind it, that fails for want of a picture; numbers written after the figures."""
+    said = []
+    monkeypatch.setattr("smoot_hf.model_card.logger.warning", said.append)
+    sets = {"must hold 'pixel_values' and 'labels'": Unlabelled(8), "a dict of several": {"a": TinyImages(8)}}
+    trainer = trained("vit", trainer_kwargs={"eval_dataset": TinyImages(8)})
+    found = evaluate_faithfulness(trainer.model, TinyImages(8), steps=4)
+    for reason, data in (sets | {"requires an eval_dataset": None}).items():
+        trainer.eval_dataset = data
+        said.clear()
+        trainer.create_model_card(dataset="noise", faithfulness=[found])
+        assert len(said) == 1
+        assert said[0].startswith("the card has no saliency grid: ")
+        assert reason in said[0]
+        text = (tmp_path / "run" / "README.md").read_text()
+        assert "figures/curves.png" in text
+        assert "figures/saliency.png" not in text
+        assert (
+            load_results(tmp_path / "run" / "results.json").rows[1].metrics["deletion_auc"].mean == found.deletion_auc
+        )
+
+
+def test_nan_predictions_are_said_on_the_card(run):
+    """Fault: an area that NaN predictions have lowered, under which the card says nothing of them."""
+    trainer, found, _ = run()
+    poor = dataclasses.replace(found[0], deletion=dataclasses.replace(found[0].deletion, nan_predictions=3))
+    trainer.create_model_card(faithfulness=[poor])
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert f"3 of {poor.predictions} predictions hold a NaN or an infinity, and count as wrong." in card

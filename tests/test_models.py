@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -19,6 +21,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from smoot_hf import InputPipeline
+from smoot_hf.image_decoding import Decoding, pixels_of
 from smoot_hf.models import PaperCnnConfig, PaperCnnForImageClassification, load_image_processor, load_model
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -203,3 +207,23 @@ def test_the_cnn_pools_before_the_relu_without_a_difference():
         results.append((out, torch.autograd.grad((out * weights).sum(), values)[0]))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_processor_beside_cropped_images_crops(channels, tmp_path):
+    """Fault: a published model that is shown squeezed photographs, after training on the middle of them.
+
+    Smooth images, so that Pillow's rounding and torchvision's are all that differs: two of 256 grey values.
+    """
+    across, down = np.meshgrid(np.arange(48), np.arange(32))
+    levels = (across * 3 + down * 2).astype(np.uint8)
+    photograph = Image.fromarray(levels) if channels == 1 else Image.fromarray(np.stack([levels] * 3, axis=2))
+    model = load_model("cnn", labels=DIGITS, image_size=(16, 16), num_channels=channels)
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    load_image_processor("cnn", model, (16, 16), zeros, ones, center_crop=True).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    trained_on = torch.from_numpy(pixels_of(photograph, Decoding(image_size=16)).copy())
+    published = processor(photograph, return_tensors="pt")["pixel_values"][0]
+    assert (published * 255 - trained_on).abs().max() <= 2.01
+    seen = InputPipeline.from_image_processor(processor).prepare_evaluation(trained_on[None])[0]
+    torch.testing.assert_close(seen * 255, trained_on.float())

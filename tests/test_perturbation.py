@@ -14,6 +14,7 @@ from smoot_hf.functional import least_salient_mask
 from smoot_hf.functional.perturbation import (
     area_under_curve,
     deletion_curve,
+    has_prediction,
     insertion_curve,
     measure_outputs,
     perturbed_outputs,
@@ -460,3 +461,28 @@ def test_core_keeps_samples_and_steps_apart():
     outputs = perturbed_outputs(pixel_sum, images, torch.zeros(1), ranks, [0, 1, 3], chunk_size=4)
     assert outputs[..., 0].tolist() == [[4, 3, 1], [400, 300, 100]]
     assert measure_outputs(outputs, torch.tensor([0, 1]), "output").tolist() == [[4, 3, 1], [0, 0, 0]]
+
+
+def test_outputs_that_predict_no_class_are_wrong():
+    """Catches the argmax of NaN, which is its place, and a softmax of NaN: by hand, for every kind of broken output."""
+    nan, inf = math.nan, math.inf
+    rows = {
+        (nan, nan, nan): False,
+        (nan, 1.0, 2.0): False,
+        (5.0, nan, 2.0): False,
+        (inf, 1.0, 2.0): False,
+        (inf, inf, 0.0): False,
+        (-inf, -inf, -inf): False,
+        (3.0, -inf, 2.0): True,
+        (3.0, 1.0, 2.0): True,
+    }
+    outputs = torch.tensor(list(rows))[:, None]
+    predicts = torch.tensor(list(rows.values()))
+    assert torch.equal(has_prediction(outputs)[:, 0], predicts)
+    # Exactly those have a softmax.
+    assert torch.equal(outputs.softmax(dim=-1).isfinite().all(dim=-1)[:, 0], predicts)
+    target = torch.zeros(len(rows), dtype=torch.int64)
+    assert measure_outputs(outputs, target, "accuracy")[:, 0].tolist() == predicts.float().tolist()
+    probability = measure_outputs(outputs, target, "probability")[:, 0]
+    assert probability[:6].tolist() == [0.0] * 6
+    torch.testing.assert_close(probability[6:], outputs[6:, 0].softmax(dim=-1)[:, 0])

@@ -125,8 +125,30 @@ def test_images_left_out_are_said():
         f"{holed.n} measured.",
         "gradient: checks, corner fill: 4 images left out, whose attribution has one value at all positions; "
         "8 measured.",
-        "gradient: checks: 5 of 12 images have no rank correlation with random weights, because a map holds a NaN or "
-        "has one value at all positions.",
+        "gradient: checks, corner fill: 5 of 12 maps have no rank correlation with random weights, because one of the "
+        "two is constant or holds a NaN.",
+    ]
+
+
+def test_predictions_counted_as_wrong_are_said():
+    """Catches NaN predictions, and maps that random weights have made constant, of which no reader is told."""
+    measured = faithfulness(0)
+    poor = dataclasses.replace(measured, deletion=dataclasses.replace(measured.deletion, nan_predictions=7))
+    classes = {"nan_skipped": 2, "n": 8, "nan_predictions": 5, "predictions": 88}
+    check = {"undefined": 4, "images": 10}
+    convention = measured.convention.to_dict()
+    rows = [
+        faithfulness_row("sgt", {0: poor}),
+        Row("sgt: classes", {}, convention, {"image_classes": classes, "random_weights": check}),
+        Row("whole", {}, convention, {"image_classes": {"nan_predictions": 0}, "random_weights": {"undefined": 0}}),
+    ]
+    assert left_out_notes(rows) == [
+        f"sgt, seed 0, corner fill: 7 of {measured.predictions} predictions hold a NaN or an infinity, and count as "
+        "wrong.",
+        "sgt: classes, corner fill: 2 images left out, whose attribution holds a NaN; 8 measured.",
+        "sgt: classes, corner fill: 5 of 88 predictions hold a NaN or an infinity, and count as wrong.",
+        "sgt: classes, corner fill: 4 of 10 maps have no rank correlation with random weights, because one of the two "
+        "is constant or holds a NaN.",
     ]
 
 

@@ -316,6 +316,20 @@ def test_every_parameter_of_a_transformer_is_replaced():
     assert float(found.mean[0]) < 0.9
 
 
+def test_maps_of_nan_logits_are_counted_as_undefined():
+    """Catches a NaN map that is ranked, and so agrees or disagrees with one that is whole."""
+
+    class Standardising(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images / images.std(dim=(1, 2, 3), keepdim=True))
+
+    data = rows(4)
+    data[2] = {"pixel_values": torch.zeros(1, 8, 8), "labels": 0}
+    found = randomized_weights_correlation(Standardising(*model()), data)
+    assert found.correlation.isnan().tolist() == [[False, False, True, False]]
+    assert (found.undefined.tolist(), bool(found.mean.isfinite().all())) == ([1], True)
+
+
 def test_bad_arguments():
     """Catches an unknown mode and a model that has nothing to randomise."""
     with pytest.raises(ValueError, match="randomization must be one of"):

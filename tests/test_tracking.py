@@ -128,6 +128,23 @@ def test_tracking_changes_nothing(tracked):
     assert np.array_equal(plain_k, tracked_k)
 
 
+class Unlabelled(TinyImages):
+    """Images to predict, not to evaluate."""
+
+    def __getitem__(self, i):
+        return {"pixel_values": super().__getitem__(i)["pixel_values"]}
+
+
+def test_a_grid_that_cannot_be_drawn_is_a_warning(tracked, events, monkeypatch):
+    """Fault: a training that ends at its first evaluation, because its evaluation set has no labels to explain."""
+    said = []
+    monkeypatch.setattr("smoot_hf.tracking.logger.warning_once", said.append)
+    tracked(trainer_kwargs={"eval_dataset": Unlabelled(13)})
+    assert set(said) == {"no saliency grid for the tracker: 'labels'"}
+    assert len(events().Histograms("train/k")) == 3
+    assert events().Tags()["images"] == []
+
+
 def test_modes_and_gradients_are_left_as_they_were(tracked, events):
     """Fault: the statistics of a frozen batch norm move after the first evaluation."""
     trainer, _ = tracked("resnet", method="standard", trainer_kwargs={"callbacks": []})

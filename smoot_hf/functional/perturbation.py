@@ -81,14 +81,25 @@ def _run(score: Score, images: Tensor, fill: Tensor, ranks: Tensor, counts: list
     return torch.cat(outputs).reshape(len(images), len(counts), -1)
 
 
+def has_prediction(outputs: Tensor) -> Tensor:
+    """Whether a classifier's outputs predict a class: bool (...,) for outputs (..., classes).
+
+    Outputs with a NaN or +inf among them, or with nothing but -inf, have no softmax and predict none. A highest one can
+    be named all the same: torch calls that of a NaN the highest.
+    """
+    return outputs.amax(dim=-1).isfinite()
+
+
 def measure_outputs(outputs: Tensor, target: Tensor, measure: Measure) -> Tensor:
     """What a curve shows of the outputs.
+
+    Outputs that predict no class (`has_prediction`) count as wrong: 0 in accuracy and probability.
 
     Args:
         outputs: (B, S, classes).
         target: int64 (B,), the class of each sample.
         measure: `"accuracy"`: 1 where the target has the highest output (of equal ones the first counts), else 0.
-            `"probability"`: its softmax output. `"output"`: its output as it is.
+            `"probability"`: its softmax output. `"output"`: its output as it is, NaN included.
 
     Returns:
         (B, S), in float32 or wider.
@@ -100,15 +111,16 @@ def measure_outputs(outputs: Tensor, target: Tensor, measure: Measure) -> Tensor
     if outputs.shape[-1] < 2:
         raise ValueError(f"a curve needs at least 2 classes, got outputs of shape {tuple(outputs.shape)}")
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    predicts = has_prediction(outputs)
     if measure == "accuracy":
-        return (outputs.argmax(dim=-1) == target[:, None]).to(outputs.dtype)
+        return ((outputs.argmax(dim=-1) == target[:, None]) & predicts).to(outputs.dtype)
     if measure == "probability":
-        outputs = outputs.softmax(dim=-1)
+        outputs = outputs.softmax(dim=-1).where(predicts[..., None], 0.0)
     return outputs.gather(-1, target[:, None, None].expand(-1, outputs.shape[1], 1)).squeeze(-1)
 
 
 def check_attribution(images: Tensor, attribution: Tensor) -> None:
-    """Raise a ValueError unless there is one real number per position of every image: (B, H, W) for (B, C, H, W)."""
+    """Raise a ValueError unless there is an image, and one real number per position: (B, H, W) for (B, C, H, W)."""
     expected = (images.shape[0], *images.shape[2:])
     if tuple(attribution.shape) != expected:
         raise ValueError(
@@ -117,14 +129,56 @@ def check_attribution(images: Tensor, attribution: Tensor) -> None:
         )
     if attribution.is_complex():
         raise ValueError(f"attribution must hold real numbers, got {attribution.dtype}: take .abs() or .real")
-
-
-def _check_inputs(images: Tensor, attribution: Tensor, target: Tensor) -> None:
-    check_attribution(images, attribution)
-    if tuple(target.shape) != (len(images),):
-        raise ValueError(f"target must have shape {(len(images),)}, got {tuple(target.shape)}")
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got 0")
+
+
+def _check_target(images: Tensor, target: Tensor) -> None:
+    if tuple(target.shape) != (len(images),):
+        raise ValueError(f"target must have shape {(len(images),)}, got {tuple(target.shape)}")
+
+
+def deletion_outputs(
+    score: Score,
+    images: Tensor,
+    attribution: Tensor,
+    fractions: Sequence[float],
+    fill: Tensor,
+    *,
+    order: Order = "most_salient_first",
+    chunk_size: int = 256,
+    known: Mapping[int, Tensor] | None = None,
+) -> Tensor:
+    """The classifier's outputs at every point of a deletion curve: (B, S+1, classes).
+
+    Arguments and errors are those of `deletion_curve`.
+    """
+    check_attribution(images, attribution)
+    ranks = removal_ranks(attribution, order)
+    counts = removed_counts(fractions, ranks[0].numel())
+    return perturbed_outputs(score, images, fill, ranks, counts, chunk_size, known)
+
+
+def insertion_outputs(
+    score: Score,
+    images: Tensor,
+    attribution: Tensor,
+    fractions: Sequence[float],
+    fill: Tensor,
+    *,
+    chunk_size: int = 256,
+    known: Mapping[int, Tensor] | None = None,
+) -> Tensor:
+    """The classifier's outputs at every point of an insertion curve: (B, S+1, classes).
+
+    Arguments and errors are those of `insertion_curve`.
+    """
+    check_attribution(images, attribution)
+    # Putting back the first c in rank is removing the last H*W - c: the same ranks, read backwards.
+    ranks = removal_ranks(attribution)
+    positions = ranks[0].numel()
+    counts = [positions - restored for restored in removed_counts(fractions, positions)]
+    return perturbed_outputs(score, images, fill, positions - 1 - ranks, counts, chunk_size, known)
 
 
 def deletion_curve(
@@ -161,10 +215,10 @@ def deletion_curve(
         ValueError: shapes that do not match, no image, a complex attribution, a single class, or an argument out of
             range.
     """
-    _check_inputs(images, attribution, target)
-    ranks = removal_ranks(attribution, order)
-    counts = removed_counts(fractions, ranks[0].numel())
-    outputs = perturbed_outputs(score, images, fill, ranks, counts, chunk_size, known)
+    _check_target(images, target)
+    outputs = deletion_outputs(
+        score, images, attribution, fractions, fill, order=order, chunk_size=chunk_size, known=known
+    )
     return measure_outputs(outputs, target, measure)
 
 
@@ -185,12 +239,8 @@ def insertion_curve(
     Arguments, result and errors are those of `deletion_curve`; the point at fraction `f` has floor(f * H * W)
     positions of the image in place, so that 0 is the fill alone and 1 the image as it is.
     """
-    _check_inputs(images, attribution, target)
-    # Putting back the first c in rank is removing the last H*W - c: the same ranks, read backwards.
-    ranks = removal_ranks(attribution)
-    positions = ranks[0].numel()
-    counts = [positions - restored for restored in removed_counts(fractions, positions)]
-    outputs = perturbed_outputs(score, images, fill, positions - 1 - ranks, counts, chunk_size, known)
+    _check_target(images, target)
+    outputs = insertion_outputs(score, images, attribution, fractions, fill, chunk_size=chunk_size, known=known)
     return measure_outputs(outputs, target, measure)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ def even_fractions(steps: int, last: float = 1.0, first: float = 0.0) -> tuple[f
     `even_fractions(10)` is 0, 0.1, ..., 1; the paper's 0 to 90 % by 10 is `even_fractions(9, 0.9)`.
 
     Args:
-        steps: number of intervals, at least 1; the curve has `steps + 1` points.
+        steps: number of intervals, a whole number of at least 1; the curve has `steps + 1` points.
         last: the largest fraction, above `first` and at most 1.
         first: the smallest fraction, at least 0.
 
@@ -36,8 +37,10 @@ def even_fractions(steps: int, last: float = 1.0, first: float = 0.0) -> tuple[f
         `steps + 1` rising numbers.
 
     Raises:
-        ValueError: `steps` below 1, or not 0 <= `first` < `last` <= 1.
+        ValueError: `steps` below 1 or no integer, or not 0 <= `first` < `last` <= 1.
     """
+    if not isinstance(steps, Integral):
+        raise ValueError(f"steps must be a whole number, got {steps!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0.0 <= first < last <= 1.0:
