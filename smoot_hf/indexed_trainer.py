@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -66,6 +68,12 @@ class IndexedTrainer(Trainer):
             yield
         finally:
             self.data_collator, self.args.remove_unused_columns = own, removes_columns
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        # The Trainer counts what stands under "labels" alone.
+        name = self.label_names[0]
+        named = [{"labels": batch[name]} for batch in batch_samples if name in batch]
+        return super()._get_num_items_in_batch(named, device)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.

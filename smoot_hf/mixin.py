@@ -15,7 +15,7 @@ from .masked_step import masked_step
 from .measuring_trainer import MeasuringTrainer
 from .refusals import refuse_unsupported
 from .resumable_trainer import ResumableTrainer
-from .sample_index import SAMPLE_IDX, check_class_labels
+from .sample_index import SAMPLE_IDX, check_class_labels, class_indices
 from .saving_trainer import make_output_dir
 from .tracking import TRACKERS, Tracking
 from .training_args import SmootTrainingArguments
@@ -131,13 +131,14 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
             num_items_in_batch: number of samples of the whole accumulated batch, which normalises the sum.
 
         Raises:
-            ValueError: a batch without images or labels, or without `sample_idx` in training; a model without logits.
+            ValueError: a batch without images or labels, or without `sample_idx` in training; labels that are not one
+                whole number per sample; a model without logits.
         """
         inputs, label_name = dict(inputs), self.label_names[0]
         for name in ("pixel_values", label_name):
             if inputs.get(name) is None:
                 raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}: let the data collator make it")
-        labels = inputs.pop(label_name)
+        labels = class_indices(inputs.pop(label_name), label_name)
         images = inputs.pop("pixel_values")
         sample_idx = inputs.pop(SAMPLE_IDX, None)
         is_training = model.training and torch.is_grad_enabled()

@@ -91,8 +91,7 @@ class IndexedCollator:
         if SAMPLE_IDX in batch:
             raise ValueError(f"{SAMPLE_IDX!r} is attached by the trainer: let the data collator not return it")
         self._check_images(batch.get("pixel_values"), indexed.sample_idx, sorted(batch))
-        self._check_labels(batch.get(self.label_name), indexed.sample_idx, sorted(batch))
-        labels = batch[self.label_name].to(torch.int64)
+        labels = self._checked_labels(batch.get(self.label_name), indexed.sample_idx, sorted(batch))
         return {**batch, self.label_name: labels, SAMPLE_IDX: torch.tensor(indexed.sample_idx, dtype=torch.int64)}
 
     def _check_images(self, images: Any, rows: list[int], keys: list[str]) -> None:
@@ -130,21 +129,15 @@ class IndexedCollator:
                 "mend the transform that makes them"
             )
 
-    def _check_labels(self, labels: Any, rows: list[int], keys: list[str]) -> None:
+    def _checked_labels(self, labels: Any, rows: list[int], keys: list[str]) -> Tensor:
         if labels is None:
             raise ValueError(
                 f"the training batches have no {self.label_name!r}, only {keys}: SMOOT needs labels; set label_names "
                 "where they have another name"
             )
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-            found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(
-                f"{self.label_name!r} must be one class index per sample, int64 (B,), got {found}: soft labels and "
-                "multi-label targets have no one class whose score is the saliency. Keep the class index where images "
-                "are mixed; label_smoothing_factor softens it"
-            )
+        labels = class_indices(labels, self.label_name)
         if self.num_labels is None or (labels.min() >= 0 and labels.max() < self.num_labels):
-            return
+            return labels
         bad = [
             (row, label) for row, label in zip(rows, labels.tolist(), strict=True) if not 0 <= label < self.num_labels
         ]
@@ -157,18 +150,38 @@ class IndexedCollator:
         )
 
 
+def class_indices(labels: Any, name: str) -> Tensor:
+    """Labels of any integer or boolean type as the loss takes them: int64 (B,).
+
+    Args:
+        labels: of a batch, in training or evaluation.
+        name: their key in the batch.
+
+    Raises:
+        ValueError: they are no tensor of one whole number per sample.
+    """
+    if isinstance(labels, Tensor) and labels.ndim == 1 and not (labels.is_floating_point() or labels.is_complex()):
+        return labels.to(torch.int64)
+    found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    remedy = (
+        "soft labels and multi-label targets have no one class whose score is the saliency. Keep the class index where "
+        "images are mixed; label_smoothing_factor softens it"
+    )
+    if isinstance(labels, Tensor) and labels.ndim == 1:
+        remedy = "convert them in the data set or the data collator, labels.astype('int64') or labels.long()"
+    raise ValueError(f"{name!r} must be one class index per sample, int64 (B,), got {found}: {remedy}")
+
+
 def check_class_labels(labels: Tensor, num_classes: int) -> None:
     """Refuse labels of an evaluation batch that are no classes of the model; waits for the device.
 
     Args:
-        labels: (B,) integers; soft labels are passed over.
+        labels: int64 (B,).
         num_classes: of the model's logits.
 
     Raises:
         ValueError: naming the first such label.
     """
-    if labels.is_floating_point():
-        return
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
         raise ValueError(

@@ -88,18 +88,64 @@ def test_a_loader_that_lost_the_index_is_refused(quick_args):
         trainer.train()
 
 
-def test_labels_of_any_integer_type_will_do(quick_trainer):
-    """Catches int32 labels that reach the loss as they are."""
-    narrow = Altered(lambda i: i)
-    narrow.labels = torch.tensor(narrow.labels, dtype=torch.int32).numpy()
-    quick_trainer(train_dataset=narrow, trainer_kwargs={"data_collator": collate_as_they_are}).train()
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
-def collate_as_they_are(examples):
-    return {
-        "pixel_values": torch.stack([e["pixel_values"] for e in examples]),
-        "labels": torch.tensor([e["labels"] for e in examples], dtype=torch.int32),
-    }
+def with_labels_as(dtype):
+    """A collator whose labels are of this type; those of bool are the first two classes."""
+
+    def collate(examples):
+        labels = torch.tensor([e["labels"] for e in examples])
+        return {
+            "pixel_values": torch.stack([e["pixel_values"] for e in examples]),
+            "labels": (labels % 2 if dtype is torch.bool else labels).to(dtype),
+        }
+
+    return collate
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integer_type_are_trained_and_evaluated_alike(dtype, method, quick_args):
+    """Catches a narrow label that training takes and that ends the run at its first evaluation."""
+    results = []
+    for labels in (torch.int64, dtype):
+        data = TinyImages(classes=2)
+        trainer = SmootTrainer(
+            build("vit"), quick_args(method=method, max_steps=2, eval_strategy="steps", eval_steps=2),
+            train_dataset=data, eval_dataset=data, data_collator=with_labels_as(labels),
+            compute_metrics=lambda p: {"correct": int((p.predictions.argmax(1) == p.label_ids).sum())},
+        )  # fmt: skip
+        trainer.train()
+        results.append(
+            [
+                log[name]
+                for log in trainer.state.log_history
+                for name in log
+                if name in ("loss", "eval_loss", "eval_correct")
+            ]
+        )
+    assert results[0] == results[1]
+    assert len(results[0]) == 3
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_float_labels_are_refused_in_one_line_everywhere(dtype, method, quick_args):
+    """Catches torch's own words about a Long, in training, evaluation, prediction and a stream's training."""
+    line = rf"^'labels' must be one class index per sample, int64 \(B,\), got {dtype} \(8,\): convert them .*long\(\)$"
+    data, collator = TinyImages(), with_labels_as(dtype)
+    trainer = SmootTrainer(build("vit"), quick_args(method=method), train_dataset=data)
+    trainer.data_collator = collator
+    for attempt in (trainer.train, lambda: trainer.evaluate(data), lambda: trainer.predict(data)):
+        with pytest.raises(ValueError, match=line):
+            attempt()
+    if method == "standard":
+        items = [item | {"pixel_values": item["pixel_values"].tolist()} for item in data]
+        stream = IterableDataset.from_generator(lambda: iter(items)).with_format("torch")
+        trainer = SmootTrainer(build("vit"), quick_args(method=method), train_dataset=stream, data_collator=collator)
+        with pytest.raises(ValueError, match=line):
+            trainer.train()
 
 
 def test_a_collator_that_drops_samples_is_refused(quick_trainer):
