@@ -13,7 +13,7 @@ from .hub_trainer import HubTrainer
 from .input_pipeline import InputPipeline
 from .masked_step import masked_step
 from .measuring_trainer import MeasuringTrainer
-from .refusals import refuse_unsupported
+from .refusals import refuse_model_parallelism, refuse_unsupported
 from .resumable_trainer import ResumableTrainer
 from .sample_index import SAMPLE_IDX, check_class_labels, class_indices
 from .saving_trainer import make_output_dir
@@ -86,6 +86,8 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
             args = SmootTrainingArguments(output_dir="tmp_trainer")
         elif not isinstance(args, SmootTrainingArguments):
             args = SmootTrainingArguments.from_training_arguments(args)
+        # Before the Trainer, which fails in accelerate's words where the processes are too few.
+        refuse_model_parallelism(model, args.parallelism_config)
         make_output_dir(args)
         self.input_pipeline = input_pipeline
         super().__init__(model, args, *others, **more)

@@ -6,13 +6,18 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import Trainer
 from transformers.utils import ModelOutput
 
 from .sample_index import has_index
 
 _DDP = "Several processes work through DDP: `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu`"
+
+# The sizes of accelerate's ParallelismConfig that split a model or a sample over processes.
+_SHARED = ("tp_size", "cp_size", "sp_size", "dp_shard_size")
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
@@ -21,6 +26,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     Raises:
         ValueError: naming what is refused, the reason, and what to do instead.
     """
+    refuse_model_parallelism(trainer.model, trainer.accelerator.parallelism_config, trainer.is_fsdp_enabled)
     _refuse_model(trainer)
     _refuse_forward(trainer.model)
     _refuse_precision(trainer.accelerator)
@@ -30,6 +36,42 @@ def refuse_unsupported(trainer: Trainer) -> None:
     if trainer.args.method != "standard":
         _refuse_training_set(trainer.train_dataset)
         _refuse_parallelism(trainer)
+
+
+def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = False) -> None:
+    """Raise where one sample is shared by several processes, or a parameter is, whatever made it so.
+
+    The loss is multiplied by the number of processes, each of which must see samples of its own and the whole model.
+
+    Args:
+        model: `None` where it is not built yet.
+        config: `ParallelismConfig` of accelerate, or `None`.
+        is_fsdp_enabled: the Trainer has sharded the parameters itself, over samples of their own.
+
+    Raises:
+        ValueError: naming what is shared.
+    """
+    found = [f"{name}={size}" for name in _SHARED if (size := getattr(config, name, None) or 1) > 1]
+    tp_size = getattr(model, "_tp_size", None) or 1
+    if tp_size > 1:
+        found.append(f"model.tp_size={tp_size}")
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        found.append("a model loaded with a distributed_config")
+    if model is not None and not is_fsdp_enabled and (name := _first_sharded_parameter(model)):
+        found.append(f"the DTensor parameter {name}")
+    if found:
+        raise ValueError(
+            f"model parallelism is refused ({', '.join(found)}): loss and gradients have not been shown to be exact "
+            f"where processes share a model's parameters or a sample. Load the whole model on each. {_DDP}"
+        )
+
+
+def _first_sharded_parameter(model: nn.Module) -> str | None:
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return next((name for name, parameter in model.named_parameters() if isinstance(parameter.data, DTensor)), None)
 
 
 def _refuse_model(trainer: Trainer) -> None:

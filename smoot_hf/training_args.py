@@ -111,7 +111,7 @@ class SmootTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.greater_is_better is None:
-            self.greater_is_better = greater_is_better(self.metric_for_best_model)
+            self.greater_is_better: bool | None = greater_is_better(self.metric_for_best_model)
         self.check_smoot_fields()
         super().__post_init__()
 
@@ -127,8 +127,9 @@ class SmootTrainingArguments(TrainingArguments):
         """
         if not isinstance(args, TrainingArguments):
             raise TypeError(f"args must be SmootTrainingArguments or TrainingArguments, got {type(args).__name__}")
+        kind: Any = type(args)
         smoot_args = copy.copy(args)
-        smoot_args.__class__ = _with_smoot_fields(type(args))
+        smoot_args.__class__ = _with_smoot_fields(kind)
         for f in _smoot_fields():
             setattr(smoot_args, f.name, f.default)
         greater = greater_is_better(args.metric_for_best_model)
@@ -239,7 +240,7 @@ def _default(f: Field) -> Any:
 
 
 @cache
-def _with_smoot_fields(kind: type[TrainingArguments]) -> type[TrainingArguments]:
+def _with_smoot_fields(kind: Any) -> Any:
     """The class of the arguments of `kind` with those of SMOOT; the methods of `kind` come first.
 
     Raises:
@@ -264,7 +265,7 @@ def _with_smoot_fields(kind: type[TrainingArguments]) -> type[TrainingArguments]
     )
 
 
-def _without_values(kind: type[TrainingArguments]) -> TrainingArguments:
+def _without_values(kind: Any) -> Any:
     """What a pickle of such arguments begins with; it then sets the values."""
     combined = _with_smoot_fields(kind)
     return combined.__new__(combined)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from conftest import TinyImages, build
 from datasets import IterableDataset
 
@@ -177,3 +178,70 @@ def test_a_weight_of_two_names_is_refused_where_it_would_be_saved(quick_trainer,
     with pytest.raises(RuntimeError, match="shared tensors"):
         shared().save_pretrained(tmp_path / "model")
     quick_trainer(shared())
+
+
+@pytest.fixture
+def mesh():
+    """A device mesh of this one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("how", ["tensor parallel", "fully sharded", "a model_init", "in a later training"])
+def test_a_model_of_sharded_parameters_is_refused_by_what_it_is(how, method, mesh, quick_args):
+    """Catches a doubled loss (tensor parallel) and a lost gradient (sharded), of which no argument says anything."""
+    model = build("vit")
+
+    def shard():
+        if how == "fully sharded":
+            torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        else:
+            layers = torch.distributed.tensor.parallel
+            layers.parallelize_module(model.classifier, mesh, layers.ColwiseParallel())
+        return model
+
+    args, data = quick_args(method=method), TinyImages()
+
+    def attempt():
+        if how == "a model_init":
+            SmootTrainer(model_init=shard, args=args, train_dataset=data)
+        elif how == "in a later training":
+            trainer = SmootTrainer(model, args, train_dataset=data)
+            shard()
+            trainer.train()
+        else:
+            SmootTrainer(shard(), args, train_dataset=data)
+
+    with pytest.raises(ValueError, match=r"model parallelism is refused \(the DTensor .*whole model on each.*torchrun"):
+        attempt()
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size", "dp_shard_size"])
+def test_every_parallelism_that_shares_a_model_or_a_sample_is_refused_by_name(size, method, quick_args):
+    """Catches one that is named in the arguments, in what a launcher has set, or by the model's own loading."""
+    config = ParallelismConfig(**{size: 2})
+    with pytest.raises(ValueError, match=rf"model parallelism is refused \({size}=2\)"):
+        SmootTrainer(build("vit"), quick_args(method=method, parallelism_config=config), train_dataset=TinyImages())
+
+    class Launched(SmootTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.state.parallelism_config = config
+
+    with pytest.raises(ValueError, match=rf"model parallelism is refused \({size}=2\)"):
+        Launched(build("vit"), quick_args(method=method), train_dataset=TinyImages())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("_tp_size", 2, "model.tp_size=2"), ("_is_distributed_loading_by_transformers", True, "a distributed_config")],
+)
+def test_a_model_that_says_it_was_loaded_in_shards_is_refused(name, value, words, quick_trainer):
+    """Catches shards of plain tensors (of experts), which no parameter shows."""
+    model = build("vit")
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"model parallelism is refused .*{words}"):
+        quick_trainer(model)
