@@ -56,7 +56,8 @@ def masked_step(
         weights: the trained parameters, if the passes may be cut down to what they need. Where nothing wraps the model,
             the final backward pass then leaves out the gradient of the images. `kl_gradient="masked"` with
             `saliency_score="log_prob"` takes saliency and gradients from one backward pass of the cross-entropy
-            (`loss_pass`): only the sum or mean of `ce` has a gradient then, and the graph of `outputs` is gone.
+            (`loss_pass`): only the sum or mean of `ce` has a gradient then. Either way `outputs` cannot be used in a
+            loss; where that is wanted, leave `weights` away.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
 
     Raises:

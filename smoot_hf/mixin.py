@@ -43,7 +43,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
 
     What `TheirTrainer` overrides keeps working, except for the two methods whose work is done here and nowhere else,
     `compute_loss` and `create_model_card`: a class that has one of its own is refused when `Mine` is defined. `Mine`
-    itself may override them and call `super()`.
+    itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and the parameters.
 
     Args:
         model: as in `Trainer`.
@@ -129,7 +129,8 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         Args:
             model: as in `Trainer`.
             inputs: the batch, on the device.
-            return_outputs: return the model's own output (of the clean images) as well.
+            return_outputs: return the model's own output (of the clean images) as well. In training its logits carry
+                their graph, so that a `compute_loss` of one's own may add a term of them.
             num_items_in_batch: number of samples of the whole accumulated batch, which normalises the sum.
 
         Raises:
@@ -145,7 +146,8 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         sample_idx = inputs.pop(SAMPLE_IDX, None)
         is_training = model.training and torch.is_grad_enabled()
         if is_training and self.args.method != "standard":
-            loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch)
+            weights = self._loss_weights(return_outputs)
+            loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch, weights)
         else:
             # In evaluation the pipeline has resized already, as the image processor does.
             outputs, logits = forward(model, self._resize(images) if is_training else images, inputs)
@@ -167,6 +169,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         sample_idx: Tensor | None,
         others: dict[str, Any],
         num_items_in_batch: Tensor | int | None,
+        weights: list[Tensor] | None,
     ) -> tuple[Tensor, Any]:
         """One step of Algorithm 2; returns the loss and the model's output on the clean images."""
         if sample_idx is None or self.mask_budget is None:
@@ -190,7 +193,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
             resize=None if self.input_pipeline is None else self.input_pipeline.resize,
             other_inputs=others,
             saliency_model=self.model,
-            weights=self._loss_weights(),
+            weights=weights,
             clean_pass=self._clean_pass,
         )
         self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
@@ -199,12 +202,15 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         self._budget_moves.add(sample_idx, step.delta, loss)
         return loss, step.outputs
 
-    def _loss_weights(self) -> list[Tensor] | None:
-        """The trained parameters, where nothing forbids to take saliency from the loss' own backward pass.
+    def _loss_weights(self, return_outputs: bool) -> list[Tensor] | None:
+        """The trained parameters, where nothing forbids to cut the backward passes down to what they need.
 
-        A loss of the user's own is another one; fp16 scales the loss so that its gradients do not vanish.
+        A loss of the user's own may need the graph of the outputs; fp16 scales the loss so that its gradients do not
+        vanish.
         """
-        if self.compute_loss_func is not None or self.accelerator.scaler is not None:
+        is_own = getattr(self.compute_loss, "__func__", None) is SmootMixin.compute_loss
+        adds_to_loss = return_outputs or not is_own
+        if adds_to_loss or self.compute_loss_func is not None or self.accelerator.scaler is not None:
             return None
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 

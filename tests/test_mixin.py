@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import TinyImages, build, largest_difference, parameters
+from conftest import TinyImages, build, freeze_batch_statistics, largest_difference, parameters
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from smoot_hf import SmootMixin, SmootTrainer
+from smoot_hf import functional as SF
 
 
 class TheirTrainer(Trainer):
@@ -91,3 +92,77 @@ def test_a_loss_that_never_masks_is_refused(method, quick_args):
     with pytest.raises(RuntimeError, match=rf"method='{method}', but no image of this step was masked: a compute_loss"):
         trainer.train()
     assert Forgets(build("vit"), quick_args(method="standard"), train_dataset=TinyImages()).train().global_step == 6
+
+
+def further(logits):
+    """A term of the logits of the clean images, as people add it (a margin, a distillation)."""
+    return 0.3 * logits.square().mean()
+
+
+class AddsOfLogits(SmootTrainer):
+    """A further term of the outputs, in a `compute_loss` of one's own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + further(outputs.logits) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+class AddsOfHooked(SmootTrainer):
+    """The same term, of logits that a hook on the model has kept."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kept = []
+        self.model.register_forward_hook(lambda _, __, outputs: self.kept.append(outputs.logits))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.kept.clear()
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The clean images' pass comes first, the masked images' last; one in eval mode in between.
+        return loss + further(self.kept[0]) / self.current_gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("kl_gradient", ["both", "masked"])
+@pytest.mark.parametrize("saliency_score", ["logit", "log_prob"])
+@pytest.mark.parametrize("saliency_pass", ["shared", "eval"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("name", "kind"), [("vit", AddsOfLogits), ("resnet", AddsOfLogits), ("vit", AddsOfHooked)])
+def test_a_further_term_of_the_logits_has_its_gradient(
+    name, kind, accumulation, saliency_pass, saliency_score, kl_gradient, quick_args, recorder
+):
+    """Catches a backward pass through a graph that is gone, and a term whose gradient is lost or counted twice.
+
+    By hand: the loss in one expression, with the mask that the step has chosen, and one step of gradient descent.
+    """
+    options = {"kl_gradient": kl_gradient, "saliency_score": saliency_score, "saliency_pass": saliency_pass}
+    args = quick_args(
+        **options, kl_weight=0.7, max_steps=1, optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
+        gradient_accumulation_steps=accumulation, per_device_train_batch_size=8 // accumulation,
+    )  # fmt: skip
+    model, by_hand = build(name), build(name).train()
+    for each in (model, by_hand):
+        freeze_batch_statistics(each)
+    kind(model, args, train_dataset=TinyImages()).train()
+
+    assert len(recorder.calls) == accumulation
+    for call in recorder.calls:
+        images, labels, mask = call["images"], call["labels"], call["step"].is_masked
+        leaf = images.clone().requires_grad_()
+        score = SF.class_score(by_hand(pixel_values=leaf).logits, labels, saliency_score)
+        (gradient,) = torch.autograd.grad(score.sum(), leaf)
+        assert torch.equal(mask, SF.least_salient_mask(gradient.mean(1), call["k"]))
+        noise = SF.counter_uniform(args.seed, call["epoch"], call["sample_idx"], images.shape[1:])
+        masked = torch.where(mask, SF.uniform_fill(images, mask, noise), images)
+        logits, masked_logits = (by_hand(pixel_values=view).logits for view in (images, masked))
+        log_p = logits.log_softmax(1)
+        kl = torch.nn.functional.kl_div(
+            masked_logits.log_softmax(1), log_p if kl_gradient == "both" else log_p.detach(), log_target=True,
+            reduction="batchmean",
+        )  # fmt: skip
+        loss = torch.nn.functional.cross_entropy(logits, labels) + 0.7 * kl + further(logits)
+        (loss / accumulation).backward()
+    expected = {n: p.detach() - 0.1 * p.grad for n, p in by_hand.named_parameters()}
+    for key, value in model.named_parameters():
+        # One float32 step of at most a few hundredths.
+        torch.testing.assert_close(value.detach(), expected[key], rtol=0, atol=2e-7, msg=key)
