@@ -29,8 +29,11 @@ class IndexedTrainer(Trainer):
 
     def indexed_parts(self, dataset: Any, description: str) -> tuple[IndexedDataset, IndexedCollator]:
         """The training set and its collator with `sample_idx`, unused columns removed as the Trainer would."""
+        removed: set[str] = set()
         if isinstance(dataset, datasets.Dataset):
+            columns = dataset.column_names
             dataset = self._remove_unused_columns(dataset, description=description)
+            removed = set(columns) - set(dataset.column_names)
             collator = self.data_collator
         else:
             collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
@@ -38,8 +41,8 @@ class IndexedTrainer(Trainer):
         num_labels = getattr(config, "num_labels", None)
         num_channels = getattr(vision_config(config), "num_channels", None)
         uint8 = self.input_pipeline is not None
-        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8)
-        return IndexedDataset(dataset), indexed
+        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8, removed)
+        return IndexedDataset(dataset, removed), indexed
 
     def _get_dataloader(
         self,

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     for dataset in _evaluation_sets(trainer.eval_dataset):
         refuse_evaluation_set(trainer.args, dataset)
     _refuse_unsavable(trainer)
+    _refuse_splits(trainer.train_dataset)
     if trainer.args.method != "standard":
         _refuse_training_set(trainer.train_dataset)
         _refuse_parallelism(trainer)
@@ -164,6 +165,16 @@ def refuse_evaluation_set(args: Any, dataset: Any) -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"deletion_auc_samples={args.deletion_auc_samples}, but the evaluation set is empty")
+
+
+def _refuse_splits(dataset: Any) -> None:
+    if isinstance(dataset, Mapping):
+        splits = list(dataset)
+        first = "train" if "train" in splits else next(iter(splits), "train")
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__} of {splits}, and training takes one data set: pass one of "
+            f"them, for example train_dataset=data[{first!r}]"
+        )
 
 
 def _refuse_training_set(dataset: Any) -> None:
