@@ -25,6 +25,10 @@ AttributionFunction = Callable[[LogitsModel, Tensor, Tensor], Tensor]
 _FILL_STREAM = 1
 
 
+class NothingRankedError(ValueError):
+    """In no image does the attribution rank the pixels: it is NaN, or the same at all positions."""
+
+
 @dataclass(frozen=True)
 class DataBatch:
     """Normalised images (B, C, H, W) at native resolution, labels int64 (B,), rows in the data set int64 (B,)."""
@@ -140,15 +144,17 @@ def without_nan(is_nan: Tensor, is_flat: Tensor, convention: Convention) -> Tens
     """Which images count, bool (n,) on the CPU: those whose attribution has no NaN; says how many have one.
 
     Raises:
-        ValueError: none is left, or none of those left has an attribution that ranks anything: its number would be that
-            of removing the pixels row by row.
+        NothingRankedError: none is left, or none of those left has an attribution that ranks anything: its number would
+            be that of removing the pixels row by row.
     """
     keep = ~is_nan.cpu()
     left_out = len(keep) - int(keep.sum())
     if left_out == len(keep):
-        raise ValueError(f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images")
+        raise NothingRankedError(
+            f"attribution {convention.attribution!r} holds NaN in every one of the {len(keep)} images"
+        )
     if bool(is_flat.cpu()[keep].all()):
-        raise ValueError(
+        raise NothingRankedError(
             f"attribution {convention.attribution!r} has one value at all positions in every one of the images, and "
             "ranks nothing: does the model round its input, or is it dead?"
         )

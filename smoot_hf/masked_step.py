@@ -57,13 +57,17 @@ def masked_step(
             the final backward pass then leaves out the gradient of the images. `kl_gradient="masked"` with
             `saliency_score="log_prob"` takes saliency and gradients from one backward pass of the cross-entropy
             (`loss_pass`): only the sum or mean of `ce` has a gradient then. Either way `outputs` cannot be used in a
-            loss; where that is wanted, leave `weights` away.
+            loss; where that is wanted, leave `weights` away. Without effect where a weight has a gradient hook
+            (`Tensor.register_hook`), which is called once, with the whole gradient.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
 
     Raises:
         ValueError: the model's output has no `logits` (B, classes), or they do not carry a gradient.
     """
     images, inputs = images.detach(), other_inputs or {}
+    # A hook on a weight would change the clean view's gradient on its own, and then the sum of both views' once more.
+    if weights is not None and any(weight._backward_hooks for weight in weights):
+        weights = None
     network = model if saliency_model is None else saliency_model
     # The final backward pass ends at the model's input: nobody needs the gradient of the resizing there.
     leaf = images if resize is None else images.clone().requires_grad_()

@@ -1,14 +1,19 @@
 """A Trainer whose evaluations may report how faithful the saliency is."""
 
+import math
 from typing import Any
 
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from .evaluation import evaluate_faithfulness
+from .evaluation_data import NothingRankedError
 from .input_pipeline import InputPipeline
 from .refusals import refuse_evaluation_set
+
+logger = logging.get_logger(__name__)
 
 
 class MeasuringTrainer(Trainer):
@@ -31,10 +36,18 @@ class MeasuringTrainer(Trainer):
         return output
 
     def _deletion_auc(self, dataset: Any) -> float:
-        """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set."""
+        """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set.
+
+        NaN where in none of the images the saliency ranks the pixels.
+        """
         refuse_evaluation_set(self.args, dataset)
         count = min(self.args.deletion_auc_samples, len(dataset))
         subset = Subset(dataset, [row * len(dataset) // count for row in range(count)])
-        return evaluate_faithfulness(
-            self.model, subset, curves=(), input_pipeline=self.input_pipeline, batch_size=self.args.eval_batch_size
-        ).deletion_auc
+        try:
+            return evaluate_faithfulness(
+                self.model, subset, curves=(), input_pipeline=self.input_pipeline, batch_size=self.args.eval_batch_size
+            ).deletion_auc
+        except NothingRankedError as error:
+            # What has diverged has no saliency. The training goes on, as it does with a loss that is NaN.
+            logger.warning(f"deletion_auc is NaN: {error}")
+            return math.nan

@@ -13,7 +13,7 @@ from .hub_trainer import HubTrainer
 from .input_pipeline import InputPipeline
 from .masked_step import masked_step
 from .measuring_trainer import MeasuringTrainer
-from .refusals import refuse_model_parallelism, refuse_unsupported
+from .refusals import refuse_model_parallelism, refuse_unsupported, warn_of_own_loss
 from .resumable_trainer import ResumableTrainer
 from .sample_index import SAMPLE_IDX, check_class_labels, class_indices
 from .saving_trainer import make_output_dir
@@ -44,6 +44,8 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
     What `TheirTrainer` overrides keeps working, except for the two methods whose work is done here and nowhere else,
     `compute_loss` and `create_model_card`: a class that has one of its own is refused when `Mine` is defined. `Mine`
     itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and the parameters.
+    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass: forward
+    hooks for the clean and the masked images, backward hooks for the saliency as well.
 
     Args:
         model: as in `Trainer`.
@@ -95,6 +97,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         self.model_accepts_loss_kwargs = True
         # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
         self.label_names = self.label_names or ["labels"]
+        self._own_loss_is_known = False
         self._clean_pass = compiled_as_the_model(self.accelerator)
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
@@ -145,6 +148,8 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         images = inputs.pop("pixel_values")
         sample_idx = inputs.pop(SAMPLE_IDX, None)
         is_training = model.training and torch.is_grad_enabled()
+        if is_training:
+            self._warn_of_own_loss_once(images, labels, inputs)
         if is_training and self.args.method != "standard":
             weights = self._loss_weights(return_outputs)
             loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch, weights)
@@ -201,6 +206,14 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         loss = ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch)
         self._budget_moves.add(sample_idx, step.delta, loss)
         return loss, step.outputs
+
+    def _warn_of_own_loss_once(self, images: Tensor, labels: Tensor, others: dict[str, Any]) -> None:
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._own_loss_is_known or self.compute_loss_func is not None or is_sharded:
+            return
+        self._own_loss_is_known = True
+        if self.is_world_process_zero():
+            warn_of_own_loss(self.model, self._resize(images), labels, self.label_names[0], others)
 
     def _loss_weights(self, return_outputs: bool) -> list[Tensor] | None:
         """The trained parameters, where nothing forbids to cut the backward passes down to what they need.

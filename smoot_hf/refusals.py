@@ -1,4 +1,4 @@
-"""What would train silently wrong is refused by name when the trainer is built."""
+"""What would train silently wrong is refused by name when the trainer is built; what may surprise is warned of."""
 
 import dataclasses
 import inspect
@@ -8,14 +8,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from .clean_pass import logits_of
+from .functional import classification_loss
+from .model_state import untouched
 from .sample_index import has_index
+from .saving_trainer import first_line
+
+logger = logging.get_logger(__name__)
 
 _DDP = "Several processes work through DDP: `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu`"
 
+_OWN_LOSS = (
+    "That loss is not used: training is by the cross-entropy of the logits. To train by another one, pass it as "
+    "compute_loss_func"
+)
 # The sizes of accelerate's ParallelismConfig that split a model or a sample over processes.
 _SHARED = ("tp_size", "cp_size", "sp_size", "dp_shard_size")
 
@@ -100,9 +110,8 @@ def _refuse_model(trainer: Trainer) -> None:
 
 def _refuse_forward(model: Any) -> None:
     """Raise where the signature of the model's forward says that no logits of images alone can come of it."""
-    try:
-        takes = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):  # a scripted model: nothing is known of it
+    takes = _arguments(model.forward)
+    if takes is None:
         return
     name, main = type(model).__name__, getattr(model, "main_input_name", "pixel_values")
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
@@ -126,6 +135,49 @@ def _refuse_forward(model: Any) -> None:
             f"{name} is refused: its forward returns {outputs[0].__name__}, which has no 'logits'. Wrap it in a module "
             "that returns them as ImageClassifierOutput(logits=...)"
         )
+
+
+def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_name: str, others: dict[str, Any]) -> None:
+    """Warn where the model's forward computes a loss that is not the cross-entropy, for it is not trained by.
+
+    Costs one forward pass in eval mode, of models that take labels; those of transformers are known to compute the
+    cross-entropy, unless a `loss_function` has been set.
+
+    Args:
+        model: not wrapped.
+        images: as the model takes them, (B, C, H, W).
+        labels: int64 (B,).
+        label_name: of its argument for labels.
+        others: further keyword arguments of the model.
+    """
+    is_known = type(model).__module__.startswith("transformers.") and "_loss_function" not in vars(model)
+    if is_known or label_name not in (_arguments(model.forward) or {}):
+        return
+    name = type(model).__name__
+    with untouched(model), torch.no_grad():
+        try:
+            outputs = model(pixel_values=images, **{label_name: labels}, **others)
+        except Exception as error:  # whatever the user's code raises: training does not ask for this loss
+            logger.warning(f"{name} fails where it is given {label_name!r} ({first_line(error)}). {_OWN_LOSS}")
+            return
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if own is None:
+        return
+    own = own.detach().float().mean()
+    ce = classification_loss(logits_of(outputs, len(images)), labels).mean()
+    if not torch.allclose(own, ce, rtol=0.01, atol=1e-4, equal_nan=True):
+        logger.warning(
+            f"{name} computes a loss of its own in its forward, {own:.4g} on the first batch, where the cross-entropy "
+            f"is {ce:.4g}. {_OWN_LOSS}"
+        )
+
+
+def _arguments(forward: Callable) -> Mapping[str, inspect.Parameter] | None:
+    """What a forward takes, by name; `None` for that of a scripted model, of which nothing is known."""
+    try:
+        return inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def _declared_outputs(forward: Callable) -> list[type]:
