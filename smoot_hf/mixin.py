@@ -22,8 +22,8 @@ from .training_args import SmootTrainingArguments
 
 _NO_INDEX = (
     f"the training batch has no {SAMPLE_IDX!r}, by which K and augmentation are kept: train_dataset is a stream, or "
-    "get_train_dataloader was replaced by one that does not attach it. Override _get_train_sampler or the data "
-    "collator in its place"
+    "get_train_dataloader was replaced by one that returns something else than a DataLoader over self.train_dataset "
+    "itself, in batches. Return one, or override _get_train_sampler or the data collator in its place"
 )
 
 # What SmootMixin does without asking the next class in line, and where a change of it belongs instead.
@@ -44,8 +44,9 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
     What `TheirTrainer` overrides keeps working, except for the two methods whose work is done here and nowhere else,
     `compute_loss` and `create_model_card`: a class that has one of its own is refused when `Mine` is defined. `Mine`
     itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and the parameters.
-    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass: forward
-    hooks for the clean and the masked images, backward hooks for the saliency as well.
+    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass:
+    forward hooks for the clean and the masked images, backward hooks for the saliency as well. A `get_train_dataloader`
+    of one's own may return any `DataLoader` over `self.train_dataset` itself that collates batches.
 
     Args:
         model: as in `Trainer`.

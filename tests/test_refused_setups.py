@@ -77,15 +77,36 @@ def test_sharding_engines_are_refused_by_name(flag, name, quick_args):
         Sharded(build("vit"), quick_args(), train_dataset=TinyImages())
 
 
-def test_a_loader_that_lost_the_index_is_refused(quick_args):
-    """Catches K of sample 0 used for all, where a user replaced the loader."""
+class Batches(torch.utils.data.Dataset):
+    """The tiny images in batches made by the data set, which a loader without batches hands on."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return torch.utils.data.default_collate([TinyImages()[row] for row in range(8 * i, 8 * i + 8)])
+
+
+OTHER_LOADERS = {
+    "other rows": lambda data: torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(16)), batch_size=8),
+    "another data set": lambda _: torch.utils.data.DataLoader(TinyImages(), batch_size=8),
+    "no batches": lambda _: torch.utils.data.DataLoader(Batches(), batch_size=None),
+    "no loader": lambda data: [torch.utils.data.default_collate([data[row] for row in range(8)])],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOADERS)
+def test_a_loader_of_which_no_index_is_known_is_refused(name, quick_args):
+    """Catches K of sample 0 used for all, or of row 0 of a subset, where a user replaced the loader."""
 
     class Replaced(SmootTrainer):
         def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+            return OTHER_LOADERS[name](self.train_dataset)
 
     trainer = Replaced(build("vit"), quick_args(), train_dataset=TinyImages())
-    with pytest.raises(ValueError, match=r"no 'sample_idx'.* get_train_dataloader was replaced"):
+    with pytest.raises(
+        ValueError, match=r"no 'sample_idx'.* get_train_dataloader was replaced by .*self.train_dataset"
+    ):
         trainer.train()
 
 
