@@ -38,8 +38,10 @@ def masked_step(
 ) -> MaskedStep:
     """The clean and the masked view of a batch, and what the objective and the budget need of them.
 
-    The loss of Equation 5 is the mean of `ce + kl_weight * kl`; `delta` moves K (`MaskBudget.update`). Nothing waits
-    for the device. With K = 0 and `shared_dropout` the two views are one: `kl` and `delta` are exactly 0.
+    The loss of Equation 5 is the mean of `ce + kl_weight * kl`; `delta` moves K (`MaskBudget.update`). Where gradients
+    are accumulated over several calls, keep their `sample_idx` and `delta`, and update K once, with all of them, when
+    the optimizer has stepped; `recipes/accelerate_loop.py` shows the loop. Nothing waits for the device. With K = 0
+    and `shared_dropout` the two views are one: `kl` and `delta` are exactly 0.
 
     Args:
         model: in train mode; its output has `logits` (B, classes).
