@@ -55,10 +55,10 @@ class BudgetedTrainer(IndexedTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
         self.args.check_smoot_fields()
+        refuse_unsupported(self)
         if self.args.method == "standard" or self.train_dataset is None:
             self.mask_budget = None
         else:
-            refuse_unsupported(self)
             model, dataset = self._budgeted
             if self.mask_budget is not None and model() is self.model and dataset is self.train_dataset:
                 self.mask_budget.forget_visits()

@@ -167,6 +167,9 @@ class MaskBudget:
         A sample that stands in the batch more than once moves by the delta of its first place, so the result does not
         depend on the order in which a device happens to write. Nothing waits for the device.
 
+        Call it once for each step of the optimizer, with all samples of the step: where gradients are accumulated, with
+        those of all micro-batches.
+
         Args:
             sample_idx: int64 (B,) rows of the training set.
             delta: (B,), from `functional.probability_shift`; where it is not finite K stays.
@@ -239,13 +242,42 @@ class MaskBudget:
             **self.meaning,
         }
 
+    def _metadata(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self._identity().items()} | {"epoch": str(self.epoch)}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write K as safetensors: `k` int32 (N,) and `has_moved` bool (N,), with what identifies the data.
 
         The file appears whole or not at all: it is written beside its place, then renamed.
         """
-        metadata = {name: str(value) for name, value in self._identity().items()} | {"epoch": str(self.epoch)}
-        write_budget(path, metadata, self.k.cpu(), (self._stored < 0).cpu())
+        write_budget(path, self._metadata(), self.k.cpu(), (self._stored < 0).cpu())
+
+    def state_dict(self) -> dict[str, Any]:
+        """K with what identifies the data, on the CPU: for `accelerator.register_for_checkpointing(budget)`.
+
+        Returns:
+            `k` int32 (N,), `has_moved` bool (N,), and `metadata`, as `save` writes them.
+        """
+        return {"k": self.k.cpu(), "has_moved": (self._stored < 0).cpu(), "metadata": self._metadata()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up K from what `state_dict` gave, for the same data and bounds.
+
+        Raises:
+            ValueError: it is no state of a budget, or that of another training set, image size or bounds; nothing of it
+                is taken up.
+        """
+        missing = {"k", "has_moved", "metadata"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"a state_dict of a MaskBudget must have {sorted(missing)}, got {sorted(state_dict)}")
+        k, has_moved, metadata = (state_dict[name] for name in ("k", "has_moved", "metadata"))
+        self._require_identity(metadata, "state_dict")
+        if k.shape != (self.num_samples,) or has_moved.shape != k.shape or has_moved.dtype != torch.bool:
+            raise ValueError(
+                f"a state_dict of this MaskBudget must have 'k' and 'has_moved' bool of shape ({self.num_samples},), "
+                f"got {tuple(k.shape)} and {has_moved.dtype} {tuple(has_moved.shape)}"
+            )
+        self._take_up("state_dict", metadata, k, has_moved)
 
     def digest(self) -> str:
         """A hash of K, of the samples that have moved in the epoch under way, and of its number."""

@@ -38,8 +38,10 @@ def masked_step(
 ) -> MaskedStep:
     """The clean and the masked view of a batch, and what the objective and the budget need of them.
 
-    The loss of Equation 5 is the mean of `ce + kl_weight * kl`; `delta` moves K (`MaskBudget.update`). Nothing waits
-    for the device. With K = 0 and `shared_dropout` the two views are one: `kl` and `delta` are exactly 0.
+    The loss of Equation 5 is the mean of `ce + kl_weight * kl`; `delta` moves K (`MaskBudget.update`). Where gradients
+    are accumulated over several calls, keep their `sample_idx` and `delta`, and update K once, with all of them, when
+    the optimizer has stepped; `recipes/accelerate_loop.py` shows the loop. Nothing waits for the device. With K = 0
+    and `shared_dropout` the two views are one: `kl` and `delta` are exactly 0.
 
     Args:
         model: in train mode; its output has `logits` (B, classes).
@@ -56,13 +58,18 @@ def masked_step(
         weights: the trained parameters, if the passes may be cut down to what they need. Where nothing wraps the model,
             the final backward pass then leaves out the gradient of the images. `kl_gradient="masked"` with
             `saliency_score="log_prob"` takes saliency and gradients from one backward pass of the cross-entropy
-            (`loss_pass`): only the sum or mean of `ce` has a gradient then, and the graph of `outputs` is gone.
+            (`loss_pass`): only the sum or mean of `ce` has a gradient then. Either way `outputs` cannot be used in a
+            loss; where that is wanted, leave `weights` away. Without effect where a weight has a gradient hook
+            (`Tensor.register_hook`), which is called once, with the whole gradient.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
 
     Raises:
         ValueError: the model's output has no `logits` (B, classes), or they do not carry a gradient.
     """
     images, inputs = images.detach(), other_inputs or {}
+    # A hook on a weight would change the clean view's gradient on its own, and then the sum of both views' once more.
+    if weights is not None and any(weight._backward_hooks for weight in weights):
+        weights = None
     network = model if saliency_model is None else saliency_model
     # The final backward pass ends at the model's input: nobody needs the gradient of the resizing there.
     leaf = images if resize is None else images.clone().requires_grad_()

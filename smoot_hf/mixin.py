@@ -13,17 +13,17 @@ from .hub_trainer import HubTrainer
 from .input_pipeline import InputPipeline
 from .masked_step import masked_step
 from .measuring_trainer import MeasuringTrainer
-from .refusals import refuse_unsupported
+from .refusals import refuse_model_parallelism, refuse_unsupported, warn_of_own_loss
 from .resumable_trainer import ResumableTrainer
-from .sample_index import SAMPLE_IDX, check_class_labels
+from .sample_index import SAMPLE_IDX, check_class_labels, class_indices
 from .saving_trainer import make_output_dir
 from .tracking import TRACKERS, Tracking
 from .training_args import SmootTrainingArguments
 
 _NO_INDEX = (
     f"the training batch has no {SAMPLE_IDX!r}, by which K and augmentation are kept: train_dataset is a stream, or "
-    "get_train_dataloader was replaced by one that does not attach it. Override _get_train_sampler or the data "
-    "collator in its place"
+    "get_train_dataloader was replaced by one that returns something else than a DataLoader over self.train_dataset "
+    "itself, in batches. Return one, or override _get_train_sampler or the data collator in its place"
 )
 
 # What SmootMixin does without asking the next class in line, and where a change of it belongs instead.
@@ -43,7 +43,10 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
 
     What `TheirTrainer` overrides keeps working, except for the two methods whose work is done here and nowhere else,
     `compute_loss` and `create_model_card`: a class that has one of its own is refused when `Mine` is defined. `Mine`
-    itself may override them and call `super()`.
+    itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and the parameters.
+    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass:
+    forward hooks for the clean and the masked images, backward hooks for the saliency as well. A `get_train_dataloader`
+    of one's own may return any `DataLoader` over `self.train_dataset` itself that collates batches.
 
     Args:
         model: as in `Trainer`.
@@ -86,6 +89,8 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
             args = SmootTrainingArguments(output_dir="tmp_trainer")
         elif not isinstance(args, SmootTrainingArguments):
             args = SmootTrainingArguments.from_training_arguments(args)
+        # Before the Trainer, which fails in accelerate's words where the processes are too few.
+        refuse_model_parallelism(model, args.parallelism_config)
         make_output_dir(args)
         self.input_pipeline = input_pipeline
         super().__init__(model, args, *others, **more)
@@ -93,6 +98,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         self.model_accepts_loss_kwargs = True
         # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
         self.label_names = self.label_names or ["labels"]
+        self._own_loss_is_known = False
         self._clean_pass = compiled_as_the_model(self.accelerator)
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
@@ -127,22 +133,27 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         Args:
             model: as in `Trainer`.
             inputs: the batch, on the device.
-            return_outputs: return the model's own output (of the clean images) as well.
+            return_outputs: return the model's own output (of the clean images) as well. In training its logits carry
+                their graph, so that a `compute_loss` of one's own may add a term of them.
             num_items_in_batch: number of samples of the whole accumulated batch, which normalises the sum.
 
         Raises:
-            ValueError: a batch without images or labels, or without `sample_idx` in training; a model without logits.
+            ValueError: a batch without images or labels, or without `sample_idx` in training; labels that are not one
+                whole number per sample; a model without logits.
         """
         inputs, label_name = dict(inputs), self.label_names[0]
         for name in ("pixel_values", label_name):
             if inputs.get(name) is None:
                 raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}: let the data collator make it")
-        labels = inputs.pop(label_name)
+        labels = class_indices(inputs.pop(label_name), label_name)
         images = inputs.pop("pixel_values")
         sample_idx = inputs.pop(SAMPLE_IDX, None)
         is_training = model.training and torch.is_grad_enabled()
+        if is_training:
+            self._warn_of_own_loss_once(images, labels, inputs)
         if is_training and self.args.method != "standard":
-            loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch)
+            weights = self._loss_weights(return_outputs)
+            loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch, weights)
         else:
             # In evaluation the pipeline has resized already, as the image processor does.
             outputs, logits = forward(model, self._resize(images) if is_training else images, inputs)
@@ -164,6 +175,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         sample_idx: Tensor | None,
         others: dict[str, Any],
         num_items_in_batch: Tensor | int | None,
+        weights: list[Tensor] | None,
     ) -> tuple[Tensor, Any]:
         """One step of Algorithm 2; returns the loss and the model's output on the clean images."""
         if sample_idx is None or self.mask_budget is None:
@@ -187,7 +199,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
             resize=None if self.input_pipeline is None else self.input_pipeline.resize,
             other_inputs=others,
             saliency_model=self.model,
-            weights=self._loss_weights(),
+            weights=weights,
             clean_pass=self._clean_pass,
         )
         self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
@@ -196,12 +208,23 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         self._budget_moves.add(sample_idx, step.delta, loss)
         return loss, step.outputs
 
-    def _loss_weights(self) -> list[Tensor] | None:
-        """The trained parameters, where nothing forbids to take saliency from the loss' own backward pass.
+    def _warn_of_own_loss_once(self, images: Tensor, labels: Tensor, others: dict[str, Any]) -> None:
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._own_loss_is_known or self.compute_loss_func is not None or is_sharded:
+            return
+        self._own_loss_is_known = True
+        if self.is_world_process_zero():
+            warn_of_own_loss(self.model, self._resize(images), labels, self.label_names[0], others)
 
-        A loss of the user's own is another one; fp16 scales the loss so that its gradients do not vanish.
+    def _loss_weights(self, return_outputs: bool) -> list[Tensor] | None:
+        """The trained parameters, where nothing forbids to cut the backward passes down to what they need.
+
+        A loss of the user's own may need the graph of the outputs; fp16 scales the loss so that its gradients do not
+        vanish.
         """
-        if self.compute_loss_func is not None or self.accelerator.scaler is not None:
+        is_own = getattr(self.compute_loss, "__func__", None) is SmootMixin.compute_loss
+        adds_to_loss = return_outputs or not is_own
+        if adds_to_loss or self.compute_loss_func is not None or self.accelerator.scaler is not None:
             return None
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 

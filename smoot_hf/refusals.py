@@ -1,18 +1,33 @@
-"""What would train silently wrong is refused by name when the trainer is built."""
+"""What would train silently wrong is refused by name when the trainer is built; what may surprise is warned of."""
 
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import Trainer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from .clean_pass import logits_of
+from .functional import classification_loss
+from .model_state import untouched
 from .sample_index import has_index
+from .saving_trainer import first_line
+
+logger = logging.get_logger(__name__)
 
 _DDP = "Several processes work through DDP: `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu`"
+
+_OWN_LOSS = (
+    "That loss is not used: training is by the cross-entropy of the logits. To train by another one, pass it as "
+    "compute_loss_func"
+)
+# The sizes of accelerate's ParallelismConfig that split a model or a sample over processes.
+_SHARED = ("tp_size", "cp_size", "sp_size", "dp_shard_size")
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
@@ -21,15 +36,53 @@ def refuse_unsupported(trainer: Trainer) -> None:
     Raises:
         ValueError: naming what is refused, the reason, and what to do instead.
     """
+    refuse_model_parallelism(trainer.model, trainer.accelerator.parallelism_config, trainer.is_fsdp_enabled)
     _refuse_model(trainer)
     _refuse_forward(trainer.model)
     _refuse_precision(trainer.accelerator)
     for dataset in _evaluation_sets(trainer.eval_dataset):
         refuse_evaluation_set(trainer.args, dataset)
     _refuse_unsavable(trainer)
+    _refuse_splits(trainer.train_dataset)
     if trainer.args.method != "standard":
         _refuse_training_set(trainer.train_dataset)
         _refuse_parallelism(trainer)
+
+
+def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = False) -> None:
+    """Raise where one sample is shared by several processes, or a parameter is, whatever made it so.
+
+    The loss is multiplied by the number of processes, each of which must see samples of its own and the whole model.
+
+    Args:
+        model: `None` where it is not built yet.
+        config: `ParallelismConfig` of accelerate, or `None`.
+        is_fsdp_enabled: the Trainer has sharded the parameters itself, over samples of their own.
+
+    Raises:
+        ValueError: naming what is shared.
+    """
+    found = [f"{name}={size}" for name in _SHARED if (size := getattr(config, name, None) or 1) > 1]
+    tp_size = getattr(model, "_tp_size", None) or 1
+    if tp_size > 1:
+        found.append(f"model.tp_size={tp_size}")
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        found.append("a model loaded with a distributed_config")
+    if model is not None and not is_fsdp_enabled and (name := _first_sharded_parameter(model)):
+        found.append(f"the DTensor parameter {name}")
+    if found:
+        raise ValueError(
+            f"model parallelism is refused ({', '.join(found)}): loss and gradients have not been shown to be exact "
+            f"where processes share a model's parameters or a sample. Load the whole model on each. {_DDP}"
+        )
+
+
+def _first_sharded_parameter(model: nn.Module) -> str | None:
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return next((name for name, parameter in model.named_parameters() if isinstance(parameter.data, DTensor)), None)
 
 
 def _refuse_model(trainer: Trainer) -> None:
@@ -57,9 +110,8 @@ def _refuse_model(trainer: Trainer) -> None:
 
 def _refuse_forward(model: Any) -> None:
     """Raise where the signature of the model's forward says that no logits of images alone can come of it."""
-    try:
-        takes = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):  # a scripted model: nothing is known of it
+    takes = _arguments(model.forward)
+    if takes is None:
         return
     name, main = type(model).__name__, getattr(model, "main_input_name", "pixel_values")
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
@@ -83,6 +135,49 @@ def _refuse_forward(model: Any) -> None:
             f"{name} is refused: its forward returns {outputs[0].__name__}, which has no 'logits'. Wrap it in a module "
             "that returns them as ImageClassifierOutput(logits=...)"
         )
+
+
+def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_name: str, others: dict[str, Any]) -> None:
+    """Warn where the model's forward computes a loss that is not the cross-entropy, for it is not trained by.
+
+    Costs one forward pass in eval mode, of models that take labels; those of transformers are known to compute the
+    cross-entropy, unless a `loss_function` has been set.
+
+    Args:
+        model: not wrapped.
+        images: as the model takes them, (B, C, H, W).
+        labels: int64 (B,).
+        label_name: of its argument for labels.
+        others: further keyword arguments of the model.
+    """
+    is_known = type(model).__module__.startswith("transformers.") and "_loss_function" not in vars(model)
+    if is_known or label_name not in (_arguments(model.forward) or {}):
+        return
+    name = type(model).__name__
+    with untouched(model), torch.no_grad():
+        try:
+            outputs = model(pixel_values=images, **{label_name: labels}, **others)
+        except Exception as error:  # whatever the user's code raises: training does not ask for this loss
+            logger.warning(f"{name} fails where it is given {label_name!r} ({first_line(error)}). {_OWN_LOSS}")
+            return
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if own is None:
+        return
+    own = own.detach().float().mean()
+    ce = classification_loss(logits_of(outputs, len(images)), labels).mean()
+    if not torch.allclose(own, ce, rtol=0.01, atol=1e-4, equal_nan=True):
+        logger.warning(
+            f"{name} computes a loss of its own in its forward, {own:.4g} on the first batch, where the cross-entropy "
+            f"is {ce:.4g}. {_OWN_LOSS}"
+        )
+
+
+def _arguments(forward: Callable) -> Mapping[str, inspect.Parameter] | None:
+    """What a forward takes, by name; `None` for that of a scripted model, of which nothing is known."""
+    try:
+        return inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def _declared_outputs(forward: Callable) -> list[type]:
@@ -122,6 +217,16 @@ def refuse_evaluation_set(args: Any, dataset: Any) -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"deletion_auc_samples={args.deletion_auc_samples}, but the evaluation set is empty")
+
+
+def _refuse_splits(dataset: Any) -> None:
+    if isinstance(dataset, Mapping):
+        splits = list(dataset)
+        first = "train" if "train" in splits else next(iter(splits), "train")
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__} of {splits}, and training takes one data set: pass one of "
+            f"them, for example train_dataset=data[{first!r}]"
+        )
 
 
 def _refuse_training_set(dataset: Any) -> None:

@@ -1,13 +1,21 @@
 """The index of a sample on its way from the training set to the loss, past any collator."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from transformers import default_data_collator
+
+from .saving_trainer import first_line
 
 SAMPLE_IDX = "sample_idx"
+
+_MAKE_IMAGES = (
+    "set a transform or a data collator that makes them, tensors (C, H, W) under 'pixel_values', and "
+    "remove_unused_columns=False where it reads other columns"
+)
 
 
 def has_index(dataset: Any) -> bool:
@@ -27,10 +35,12 @@ class IndexedDataset(Dataset):
 
     Args:
         dataset: anything with `__len__` and `__getitem__`; its own `__getitems__` is used where it has one.
+        removed: columns that the Trainer has removed from it.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, removed: Collection[str] = ()) -> None:
         self.dataset = dataset
+        self.removed = removed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -41,10 +51,14 @@ class IndexedDataset(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitems__(self, indices: list[int]) -> IndexedFeatures:
-        if callable(getattr(self.dataset, "__getitems__", None)):
-            features = self.dataset.__getitems__(indices)
-        else:
-            features = [self.dataset[index] for index in indices]
+        try:
+            if callable(getattr(self.dataset, "__getitems__", None)):
+                features = self.dataset.__getitems__(indices)
+            else:
+                features = [self.dataset[index] for index in indices]
+        except KeyError as error:
+            _refuse_removed("transform", error, self.removed)
+            raise
         return IndexedFeatures(list(map(int, indices)), features)
 
 
@@ -59,6 +73,7 @@ class IndexedCollator:
         num_labels: number of classes of the model, `None` where it does not say.
         num_channels: channels of the images that the model takes, `None` where it does not say.
         expects_uint8: the images go through an `InputPipeline`, which takes uint8.
+        removed: columns that the Trainer has removed from the data set.
     """
 
     def __init__(
@@ -68,12 +83,14 @@ class IndexedCollator:
         num_labels: int | None,
         num_channels: int | None,
         expects_uint8: bool,
+        removed: Collection[str] = (),
     ) -> None:
         self.collator = collator
         self.label_name = label_name
         self.num_labels = num_labels
         self.num_channels = num_channels
         self.expects_uint8 = expects_uint8
+        self.removed = removed
 
     def __call__(self, indexed: IndexedFeatures) -> dict[str, Any]:
         """Collate what `IndexedDataset` fetched.
@@ -83,24 +100,39 @@ class IndexedCollator:
         """
         try:
             batch = self.collator(indexed.features)
-        except (RuntimeError, ValueError) as error:
-            _refuse_several_sizes(indexed, error)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            self._explain(indexed, error)
             raise
         if not isinstance(batch, Mapping):
             raise ValueError(f"the data collator must return a dict, got {type(batch).__name__}")
         if SAMPLE_IDX in batch:
             raise ValueError(f"{SAMPLE_IDX!r} is attached by the trainer: let the data collator not return it")
         self._check_images(batch.get("pixel_values"), indexed.sample_idx, sorted(batch))
-        self._check_labels(batch.get(self.label_name), indexed.sample_idx, sorted(batch))
-        labels = batch[self.label_name].to(torch.int64)
+        labels = self._checked_labels(batch.get(self.label_name), indexed.sample_idx, sorted(batch))
         return {**batch, self.label_name: labels, SAMPLE_IDX: torch.tensor(indexed.sample_idx, dtype=torch.int64)}
+
+    def _explain(self, indexed: IndexedFeatures, error: Exception) -> None:
+        """Raise what a collator's error comes from, where that is known."""
+        first = indexed.features[0] if isinstance(indexed.features, list) else indexed.features
+        if isinstance(error, KeyError):
+            # What a sample has, and the collator has not found, was removed on the way to it.
+            has = first.keys() if isinstance(first, Mapping) else set()
+            _refuse_removed("data collator", error, {*self.removed, *has})
+        _refuse_several_sizes(indexed, error)
+        if getattr(self.collator, "data_collator", self.collator) is not default_data_collator:
+            return
+        if isinstance(first, Mapping):
+            found = f"dicts of {', '.join(f'{name!r} ({type(value).__name__})' for name, value in first.items())}"
+        else:
+            found = type(first).__name__
+        raise ValueError(
+            f"the default data collator makes no batch of the training samples, which are {found} "
+            f"({first_line(error)}): {_MAKE_IMAGES}"
+        ) from error
 
     def _check_images(self, images: Any, rows: list[int], keys: list[str]) -> None:
         if images is None:
-            raise ValueError(
-                f"the training batches have no 'pixel_values', only {keys}: set a transform or a data collator that "
-                "makes them, and remove_unused_columns=False where the transform reads other columns"
-            )
+            raise ValueError(f"the training batches have no 'pixel_values', only {keys}: {_MAKE_IMAGES}")
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"'pixel_values' must be a tensor of shape (B, C, H, W), got {found}")
@@ -130,21 +162,15 @@ class IndexedCollator:
                 "mend the transform that makes them"
             )
 
-    def _check_labels(self, labels: Any, rows: list[int], keys: list[str]) -> None:
+    def _checked_labels(self, labels: Any, rows: list[int], keys: list[str]) -> Tensor:
         if labels is None:
             raise ValueError(
                 f"the training batches have no {self.label_name!r}, only {keys}: SMOOT needs labels; set label_names "
                 "where they have another name"
             )
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-            found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(
-                f"{self.label_name!r} must be one class index per sample, int64 (B,), got {found}: soft labels and "
-                "multi-label targets have no one class whose score is the saliency. Keep the class index where images "
-                "are mixed; label_smoothing_factor softens it"
-            )
+        labels = class_indices(labels, self.label_name)
         if self.num_labels is None or (labels.min() >= 0 and labels.max() < self.num_labels):
-            return
+            return labels
         bad = [
             (row, label) for row, label in zip(rows, labels.tolist(), strict=True) if not 0 <= label < self.num_labels
         ]
@@ -157,24 +183,54 @@ class IndexedCollator:
         )
 
 
+def class_indices(labels: Any, name: str) -> Tensor:
+    """Labels of any integer or boolean type as the loss takes them: int64 (B,).
+
+    Args:
+        labels: of a batch, in training or evaluation.
+        name: their key in the batch.
+
+    Raises:
+        ValueError: they are no tensor of one whole number per sample.
+    """
+    if isinstance(labels, Tensor) and labels.ndim == 1 and not (labels.is_floating_point() or labels.is_complex()):
+        return labels.to(torch.int64)
+    found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    remedy = (
+        "soft labels and multi-label targets have no one class whose score is the saliency. Keep the class index where "
+        "images are mixed; label_smoothing_factor softens it"
+    )
+    if isinstance(labels, Tensor) and labels.ndim == 1:
+        remedy = "convert them in the data set or the data collator, labels.astype('int64') or labels.long()"
+    raise ValueError(f"{name!r} must be one class index per sample, int64 (B,), got {found}: {remedy}")
+
+
 def check_class_labels(labels: Tensor, num_classes: int) -> None:
     """Refuse labels of an evaluation batch that are no classes of the model; waits for the device.
 
     Args:
-        labels: (B,) integers; soft labels are passed over.
+        labels: int64 (B,).
         num_classes: of the model's logits.
 
     Raises:
         ValueError: naming the first such label.
     """
-    if labels.is_floating_point():
-        return
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
         raise ValueError(
             f"the labels of the evaluation set must lie in [0, {num_classes - 1}], the model's classes, but one is "
             f"{int(bad[0])}: leave such samples out, or predict without labels"
         )
+
+
+def _refuse_removed(reader: str, error: KeyError, removed: Collection[str]) -> None:
+    """Raise where a transform or a collator looked for a column that the Trainer had removed."""
+    name = error.args[0] if error.args else None
+    if isinstance(name, str) and name in removed:
+        raise ValueError(
+            f"the {reader} reads {name!r}, which the Trainer has removed from the training samples, since the model's "
+            "forward does not take it: set remove_unused_columns=False"
+        ) from error
 
 
 def _refuse_several_sizes(indexed: IndexedFeatures, error: Exception) -> None:

@@ -1,11 +1,21 @@
 """The arguments that SMOOT adds to `TrainingArguments`."""
 
+import copy
 import json
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from functools import cache
+from typing import Any, Literal, cast, get_args
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Of the metrics that this package reports: whether a greater value is better. `TrainingArguments` takes every name
+# that does not end in "loss" for one of which greater is better.
+GREATER_IS_BETTER = {"deletion_auc": False, "insertion_auc": True}
 
 # Where and how a run is carried out, and what is looked at afterwards: none of it changes the trained weights.
 _NO_SETTINGS = {
@@ -52,10 +62,12 @@ class SmootTrainingArguments(TrainingArguments):
         kl_gradient: `"both"`, or `"masked"`: f(X) is a constant teacher in the KL term.
         mask_fill: what replaces a pixel: `"uniform"` (Section 4.1) or `"mean"` (of its channel in that image).
         deletion_auc_samples: every evaluation reports `deletion_auc` (`evaluate_faithfulness`; lower is better) over
-            this many images of the evaluation set, so that it may be the `metric_for_best_model`; 0 leaves it out.
+            this many images of the evaluation set, so that it may be the `metric_for_best_model` (`greater_is_better`
+            is then False by default); 0 leaves it out.
 
     Raises:
-        ValueError: a field is out of its range; the message names field, value and range.
+        ValueError: a field is out of its range, or contradicts the direction of `metric_for_best_model`; the message
+            names field, value and what is allowed.
     """
 
     method: Literal["standard", "sgt", "smoot"] = _argument(
@@ -98,24 +110,37 @@ class SmootTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None:
+            self.greater_is_better: bool | None = greater_is_better(self.metric_for_best_model)
         self.check_smoot_fields()
         super().__post_init__()
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "SmootTrainingArguments":
-        """The same arguments with SMOOT's defaults added, so that a script may pass plain `TrainingArguments`.
+        """The same arguments with SMOOT's defaults added, so that a script may pass `TrainingArguments`.
+
+        Every value is taken over as it stands, and nothing of `args` is computed again or changed. A class that derives
+        from `TrainingArguments` keeps its fields and methods: the result is an instance of both.
 
         Raises:
-            TypeError: `args` is of another class, whose own fields would be lost.
+            TypeError: `args` are no `TrainingArguments`, or their class gives a name of SMOOT another meaning.
         """
-        if type(args) is not TrainingArguments:
-            raise TypeError(
-                f"args must be SmootTrainingArguments or TrainingArguments, got {type(args).__name__}: derive "
-                f"{type(args).__name__} from SmootTrainingArguments"
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(f"args must be SmootTrainingArguments or TrainingArguments, got {type(args).__name__}")
+        kind: Any = type(args)
+        smoot_args = copy.copy(args)
+        smoot_args.__class__ = _with_smoot_fields(kind)
+        for f in _smoot_fields():
+            setattr(smoot_args, f.name, f.default)
+        greater = greater_is_better(args.metric_for_best_model)
+        if greater is not None and bool(args.greater_is_better) != greater:
+            # Whether the user gave it or TrainingArguments did cannot be told apart any more.
+            logger.warning(
+                f"greater_is_better={args.greater_is_better} becomes {greater}, which metric_for_best_model="
+                f"{args.metric_for_best_model!r} asks for; TrainingArguments does not know this metric"
             )
-        smoot_args = cls.__new__(cls)
-        smoot_args.__dict__.update({f.name: f.default for f in _smoot_fields()} | args.__dict__)
-        return smoot_args
+            smoot_args.greater_is_better = greater
+        return cast(SmootTrainingArguments, smoot_args)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but `hub_token`, for the Trainer pushes its pickled arguments to the Hub."""
@@ -159,6 +184,41 @@ class SmootTrainingArguments(TrainingArguments):
                 f"mask_ratio_min={self.mask_ratio_min}, mask_ratio={self.mask_ratio}, "
                 f"mask_ratio_max={self.mask_ratio_max}"
             )
+        self._check_direction()
+
+    def _check_direction(self) -> None:
+        """Refuse arguments by which the worst checkpoint would be kept, or the learning rate fall as it improves."""
+        greater = greater_is_better(self.metric_for_best_model)
+        if greater is None:
+            return
+        if bool(self.greater_is_better) != greater:
+            raise ValueError(
+                f"greater_is_better={self.greater_is_better} contradicts metric_for_best_model="
+                f"{self.metric_for_best_model!r}, of which a {'greater' if greater else 'smaller'} value is better: "
+                f"leave it away, or set greater_is_better={greater}"
+            )
+        # The two schedules that follow the metric. Both take "min" where nothing is said.
+        kwargs = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
+        mode, expected = kwargs.get("mode", "min"), "max" if greater else "min"
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY) and mode != expected:
+            raise ValueError(
+                f"lr_scheduler_type={str(self.lr_scheduler_type)!r} follows metric_for_best_model="
+                f"{self.metric_for_best_model!r}, of which a {'greater' if greater else 'smaller'} value is better, "
+                f"but its mode is {mode!r}: set lr_scheduler_kwargs={{'mode': {expected!r}}}"
+            )
+
+
+def greater_is_better(metric: str | None) -> bool | None:
+    """Whether a greater value of a metric is better; `None` where it is not one of this package.
+
+    Args:
+        metric: its name as in `metric_for_best_model`, with or without the prefixes of an evaluation (`eval_`) and of
+            one of several evaluation sets (`eval_NAME_`).
+    """
+    for name, greater in GREATER_IS_BETTER.items():
+        if metric is not None and (metric == name or metric.endswith(f"_{name}")):
+            return greater
+    return None
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
@@ -177,6 +237,38 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def _default(f: Field) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+@cache
+def _with_smoot_fields(kind: Any) -> Any:
+    """The class of the arguments of `kind` with those of SMOOT; the methods of `kind` come first.
+
+    Raises:
+        TypeError: `kind` gives a name of SMOOT another meaning.
+    """
+    if kind is TrainingArguments:
+        return SmootTrainingArguments
+    added = vars(SmootTrainingArguments).keys() - vars(object).keys() - vars(TrainingArguments).keys()
+    taken = sorted(name for name in added if not name.startswith("__") and hasattr(kind, name))
+    if taken:
+        raise TypeError(
+            f"{kind.__name__}.{taken[0]} has a name that SmootTrainingArguments gives another meaning: rename it, or "
+            f"derive {kind.__name__} from SmootTrainingArguments"
+        )
+    return make_dataclass(
+        f"Smoot{kind.__name__}",
+        [],
+        bases=(kind, SmootTrainingArguments),
+        repr=False,
+        # The class has no module from which a pickle of its instances could import it.
+        namespace={"__reduce__": lambda self: (_without_values, (kind,), self.__getstate__())},
+    )
+
+
+def _without_values(kind: Any) -> Any:
+    """What a pickle of such arguments begins with; it then sets the values."""
+    combined = _with_smoot_fields(kind)
+    return combined.__new__(combined)
 
 
 def _smoot_fields() -> list[Any]:

@@ -66,6 +66,30 @@ def test_the_loop_is_the_trainer(name, setting, loop, quick_args):
     assert budget.k.unique().numel() > 1 or setting == "sgt"
 
 
+def test_a_loop_resumes_with_its_k(loop, quick_args, tmp_path):
+    """Catches `register_for_checkpointing(budget)` that is refused, or that leaves K or its epoch behind."""
+    args, data = quick_args(num_train_epochs=2, step_size=300), TinyImages()
+
+    def prepared():
+        AcceleratorState._reset_state()
+        accelerator, model = Accelerator(cpu=True), model_of("vit")
+        rows = TensorDataset(data.images, torch.tensor(data.labels), torch.arange(len(data)))
+        parts = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.01), DataLoader(rows, 8))
+        budget = MaskBudget.for_training(args, len(data), (8, 8))
+        accelerator.register_for_checkpointing(budget)
+        return accelerator, parts, budget
+
+    accelerator, parts, budget = prepared()
+    loop.train(*parts, budget, args, accelerator)
+    accelerator.save_state(str(tmp_path / "state"))
+    expected = budget.digest()
+    assert budget.k.unique().numel() > 1
+    accelerator, _, other = prepared()
+    assert other.digest() != expected
+    accelerator.load_state(str(tmp_path / "state"))
+    assert other.digest() == expected
+
+
 def model_of(name):
     model = build(name)
     freeze_batch_statistics(model)

@@ -3,14 +3,15 @@
 import math
 
 import datasets
+import numpy as np
 import pytest
 import torch
-from bad_input import FEATURES, Case, judge, png, train_recipe, trainer_of, write_imagefolder, write_parquet
+from bad_input import FEATURES, Case, args_of, judge, png, train_recipe, trainer_of, write_imagefolder, write_parquet
 from conftest import TinyImages, build
 from datasets import ClassLabel, Features, IterableDataset, Value
 from torch.utils.data import Subset
 
-from smoot_hf import evaluate_faithfulness
+from smoot_hf import SmootTrainer, evaluate_faithfulness
 
 GOOD = [png(i) for i in range(10)]
 TURNS = [0, 1] * 5
@@ -153,6 +154,78 @@ def nan_at_a_pixel(pixels):
     return pixels.index_fill(2, torch.tensor(3), math.nan)
 
 
+def photographs():
+    """As a folder of images is loaded: nothing made ready for a model."""
+    stored = {"image": [{"bytes": image, "path": None} for image in GOOD], "label": TURNS}
+    return datasets.Dataset.from_dict(stored, features=FEATURES)
+
+
+def pixels_of(image):
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+
+
+def transform(batch):
+    return {"pixel_values": [pixels_of(image) for image in batch["image"]], "labels": batch["label"]}
+
+
+def collate(samples):
+    return {
+        "pixel_values": torch.stack([pixels_of(sample["image"]) for sample in samples]),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+    }
+
+
+def as_samples(row_of):
+    """A torch data set of the photographs, each sample a function of the row."""
+    rows = photographs()
+    return [row_of(rows[i]) for i in range(len(rows))]
+
+
+def beginner(message, data, collator=None, **overrides):
+    """What a first script gets wrong, for all methods alike."""
+
+    def attempt(folder):
+        args = args_of(folder, **overrides)
+        trainer = SmootTrainer(build("vit"), args, train_dataset=data(), data_collator=collator)
+        assert args.method == "standard"  # the other methods have looked at the first sample
+        trainer.train()
+
+    return Case(attempt, ValueError, message)
+
+
+REMOVED = "the {} reads 'image', which the Trainer has removed .*set remove_unused_columns=False$"
+READY = (
+    r"set a transform or a data collator that makes them, tensors \(C, H, W\) under 'pixel_values', and remove_unused_"
+)
+BEGINNERS = {
+    "a transform, its column removed": (REMOVED.format("transform"), lambda: photographs().with_transform(transform)),
+    "a collator, its column removed": (REMOVED.format("data collator"), photographs, collate),
+    "a collator of samples, their image removed": (REMOVED.format("data collator"), lambda: as_samples(dict), collate),
+    "no transform": (f"have no 'pixel_values', only ..labels..: {READY}", photographs),
+    "no transform, columns kept": (
+        rf"no batch of the training samples, which are dicts of 'image' \(PngImageFile\), 'label' \(int\) .*: {READY}",
+        photographs, None, {"remove_unused_columns": False},
+    ),
+    "images that are no tensors": (
+        rf"which are dicts of 'pixel_values' \(PngImageFile\).*Could not infer dtype.*: {READY}",
+        lambda: as_samples(lambda row: {"pixel_values": row["image"], "label": row["label"]}),
+    ),
+    "pairs": (
+        f"samples, which are tuple .*: {READY}", lambda: as_samples(lambda row: (pixels_of(row["image"]), row["label"]))
+    ),
+    "all splits": (
+        r"train_dataset is a DatasetDict of \['train', 'test'\].*pass one of them, .*train_dataset=data\['train'\]",
+        lambda: datasets.DatasetDict(train=photographs(), test=photographs()),
+    ),
+}  # fmt: skip
+
+
+def both_ways(name, message, data, collator=None, overrides=None):
+    """When the trainer is built, which looks at the first sample for K; in standard training, at its first batch."""
+    for method in ("smoot", "standard"):
+        yield f"{name}, {method}", beginner(message, data, collator, **(overrides or {}), method=method)
+
+
 OUTSIDE = r"evaluation set must lie in \[0, 3\].* one is {}: leave such samples out"
 
 IN_PYTHON = {
@@ -213,7 +286,22 @@ IN_PYTHON = {
     "faithfulness, no label": judged("must hold 'labels', got None", lambda: Altered(with_label(None))),
 }  # fmt: skip
 
-CASES = {f"recipe: {name}": case for name, case in IN_RECIPES.items()} | IN_PYTHON
+IN_FIRST_SCRIPTS = dict(pair for name, case in BEGINNERS.items() for pair in both_ways(name, *case))
+
+CASES = {f"recipe: {name}": case for name, case in IN_RECIPES.items()} | IN_PYTHON | IN_FIRST_SCRIPTS
+
+
+def test_an_error_of_the_users_own_code_stays_what_it_is(quick_args):
+    """Catches advice about columns where a transform or a collator fails for a reason of its own."""
+
+    def fails(_):
+        raise KeyError("temperature")
+
+    rows = photographs().with_transform(fails)
+    with pytest.raises(KeyError, match="temperature"):
+        SmootTrainer(build("vit"), quick_args(), train_dataset=rows)
+    with pytest.raises(KeyError, match="temperature"):
+        SmootTrainer(build("vit"), quick_args(), train_dataset=TinyImages(), data_collator=fails)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -46,20 +46,22 @@ def test_the_best_model_comes_back_whole(name, quick_trainer, tmp_path):
         assert torch.equal(value, trainer.model.state_dict()[parameter]), parameter
 
 
-def test_the_best_model_may_be_the_most_faithful_one(quick_trainer):
-    """Catches a deletion AUC that is not among the metrics the Trainer chooses by, or of another model."""
+@pytest.mark.parametrize("prefix", ["", "eval_", "eval_corner_"])
+def test_the_best_model_may_be_the_most_faithful_one(prefix, quick_trainer):
+    """Catches a deletion AUC that is not among the metrics the Trainer chooses by, the greatest kept, another model."""
     data = TinyImages(10)
+    name = "eval_corner_deletion_auc" if "corner" in prefix else "eval_deletion_auc"
     trainer = quick_trainer(
         save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
-        metric_for_best_model="deletion_auc", greater_is_better=False, deletion_auc_samples=5,
-        trainer_kwargs={"eval_dataset": data},
+        metric_for_best_model=f"{prefix}deletion_auc", deletion_auc_samples=5,
+        trainer_kwargs={"eval_dataset": {"corner": data} if "corner" in prefix else data},
     )  # fmt: skip
     trainer.train()
-    reported = [entry["eval_deletion_auc"] for entry in trainer.state.log_history if "eval_deletion_auc" in entry]
-    assert len(reported) == 2
+    reported = [entry[name] for entry in trainer.state.log_history if name in entry]
+    assert len(set(reported)) == 2
     assert trainer.state.best_metric == min(reported)
     chosen = evaluate_faithfulness(trainer.model, Subset(data, [0, 2, 4, 6, 8]), curves=())
-    assert trainer.evaluate()["eval_deletion_auc"] == pytest.approx(chosen.deletion_auc)
+    assert trainer.evaluate()[name] == pytest.approx(chosen.deletion_auc)
     assert trainer.model.training is False
     assert "eval_deletion_auc" not in trainer.predict(data).metrics
 

@@ -119,6 +119,21 @@ def test_leaving_out_the_images_gradient_leaves_the_others(name, scale, autocast
         torch.testing.assert_close(gradient, expected[key], rtol=1e-6, atol=tolerance, msg=key)
 
 
+@pytest.mark.parametrize("override", [{}, SIX])
+def test_a_hook_on_a_weight_sees_the_whole_gradient_once(override, quick_args):
+    """Catches a hook that halves a gradient and quarters the clean view's, whose passes were cut in two."""
+    results = []
+    for with_weights in (False, True):
+        model, seen = model_of("vit"), []
+        model.classifier.weight.register_hook(lambda gradient, seen=seen: (seen.append(gradient), gradient / 2)[1])
+        step = masked_step(model, *batch(), quick_args(**override), weights=trained(model) if with_weights else None)
+        (step.ce.mean() + 0.7 * step.kl.mean()).backward()
+        assert len(seen) == 1
+        results.append({n: p.grad for n, p in model.named_parameters()})
+        assert torch.equal(model.classifier.weight.grad, seen[0] / 2)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 class ImageGradients(TorchDispatchMode):
     """Counts how often the gradient of the first convolution's input is computed."""
 
@@ -159,7 +174,7 @@ def test_the_trainer_trains_the_same_either_way(
             **{name if key == "checkpointing" else key: value for key, value in settings.items()},
         )  # fmt: skip
         if not shortcut:
-            monkeypatch.setattr(trainer, "_loss_weights", lambda: None)
+            monkeypatch.setattr(trainer, "_loss_weights", lambda _: None)
         trainer.train()
         return parameters(trainer), trainer.mask_budget.k
 

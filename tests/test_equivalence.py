@@ -73,6 +73,44 @@ def test_an_uneven_last_window_weighs_every_sample_alike(quick_trainer):
     assert largest_difference(*final) < 1e-5
 
 
+class Named(TinyImages):
+    """Tiny images whose labels stand under a name of the user's own."""
+
+    def __init__(self, length, name):
+        super().__init__(length)
+        self.name = name
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.images[i], self.name: self.labels[i]}
+
+
+def summed(outputs, labels, num_items_in_batch=None):
+    """A loss of the user's own, as the Trainer asks for it: normalised over the whole accumulated batch."""
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("loss", [None, summed])
+@pytest.mark.parametrize("length", [24, 22])
+def test_labels_of_any_name_weigh_the_same_when_accumulated(method, loss, length, quick_trainer):
+    """Catches samples that are counted under `labels` alone: the loss was then a mean of means, or a sum of them."""
+    final = {}
+    for name, accumulation in (("labels", 1), ("labels", 3), ("target", 1), ("target", 3)):
+        trainer = quick_trainer(
+            "vit", Named(length, name), {"compute_loss_func": loss}, method=method, label_names=[name], max_steps=4,
+            gradient_accumulation_steps=accumulation, per_device_train_batch_size=12 // accumulation, optim="sgd",
+            max_grad_norm=0.0,
+        )  # fmt: skip
+        trainer.train()
+        final[name, accumulation] = parameters(trainer)
+    for accumulation in (1, 3):
+        assert largest_difference(final["labels", accumulation], final["target", accumulation]) == 0
+    # Sums over micro-batches are rounded in another order.
+    assert largest_difference(final["target", 1], final["target", 3]) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet", "cnn"])
 def test_kl_weight_zero_gives_the_weights_of_standard_training(name, trained):
     """Catches a second forward pass that consumes random numbers, and gradients of the saliency pass left behind."""

@@ -159,6 +159,42 @@ def test_a_budget_of_another_run_is_refused_and_nothing_taken_up(tmp_path, other
     assert torch.equal(mine.k, before)
 
 
+def test_a_state_dict_comes_back_with_its_epoch_and_first_visits(tmp_path):
+    """Catches a state without what has moved, one that shares memory with the budget, and one of no plain data."""
+    mine, other = moved_budget(), budget(dataset_fingerprint="abc")
+    state = mine.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    before = mine.digest()
+    mine.begin_epoch(9)
+    mine.update(idx(0), torch.tensor([1.0]), 30)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.digest() == before != mine.digest()
+    mine.load_state_dict(state)
+    assert mine.digest() == before
+    assert torch.equal(mine.histogram, torch.bincount(mine.k - mine.k_min, minlength=len(mine.histogram)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {}, r"must have \['has_moved', 'k', 'metadata'\], got \[\]"),
+        (lambda state: state | {"metadata": state["metadata"] | {"k_min": "1"}}, "k_min is 1 there and 20 here"),
+        (lambda state: state | {"k": state["k"][:1]}, r"of shape \(10,\), got \(1,\)"),
+        (lambda state: state | {"has_moved": state["has_moved"].int()}, "got .* torch.int32"),
+        (lambda state: state | {"has_moved": torch.tensor([True])}, r"'has_moved' bool of shape .* torch.bool \(1,\)"),
+        (lambda state: state | {"k": state["k"] + 1000}, r"its K are not int32 in \[20, 80\]"),
+        (lambda state: state | {"k": state["k"].long()}, r"its K are not int32 in \[20, 80\]"),
+    ],
+)
+def test_a_state_that_is_not_this_budgets_is_refused_and_nothing_taken_up(change, message):
+    """Catches one flag that is spread over all samples, and the K of other data or bounds."""
+    mine = budget(dataset_fingerprint="abc")
+    before = mine.digest()
+    with pytest.raises(ValueError, match=message):
+        mine.load_state_dict(change(moved_budget().state_dict()))
+    assert mine.digest() == before
+
+
 def test_torn_altered_and_foreign_files_are_refused(tmp_path):
     """Catches a crash while writing and a flipped bit that pass for K."""
     path, mine = tmp_path / "k.safetensors", budget(dataset_fingerprint="abc")

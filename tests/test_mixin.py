@@ -1,12 +1,14 @@
 """SmootMixin gives SMOOT to any class that derives from Trainer, and takes nothing from it without a word."""
 
+import datasets
 import pytest
 import torch
-from conftest import TinyImages, build, largest_difference, parameters
-from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from conftest import QUICK, TinyImages, build, freeze_batch_statistics, largest_difference, parameters
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
 
 from smoot_hf import SmootMixin, SmootTrainer
+from smoot_hf import functional as SF
 
 
 class TheirTrainer(Trainer):
@@ -91,3 +93,165 @@ def test_a_loss_that_never_masks_is_refused(method, quick_args):
     with pytest.raises(RuntimeError, match=rf"method='{method}', but no image of this step was masked: a compute_loss"):
         trainer.train()
     assert Forgets(build("vit"), quick_args(method="standard"), train_dataset=TinyImages()).train().global_step == 6
+
+
+class OwnLoader(TheirTrainer):
+    """A loader of one's own, prepared by accelerate, as the Trainer's documentation invites to."""
+
+    prepared = True
+
+    def get_train_dataloader(self):
+        data = self.train_dataset
+        if isinstance(data, datasets.Dataset):
+            data = self._remove_unused_columns(data, description="training")
+        loader = DataLoader(
+            data, self.args.per_device_train_batch_size, sampler=RandomSampler(data, generator=self.shuffle()),
+            collate_fn=self.data_collator, num_workers=self.args.dataloader_num_workers,
+        )  # fmt: skip
+        return self.accelerator.prepare(loader) if self.prepared else loader
+
+    def shuffle(self):
+        return torch.Generator().manual_seed(7)
+
+
+class OwnPlainLoader(OwnLoader):
+    prepared = False
+
+
+class Shuffled(TheirTrainer):
+    """The same order, by the Trainer's own loader."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return RandomSampler(train_dataset, generator=torch.Generator().manual_seed(7))
+
+
+def rows_with_a_note():
+    data = TinyImages()
+    columns = {"pixel_values": [i.tolist() for i in data.images], "labels": data.labels, "note": ["x"] * len(data)}
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
+@pytest.mark.parametrize("data", [TinyImages, rows_with_a_note])
+@pytest.mark.parametrize(("method", "workers"), [("standard", 0), ("smoot", 0), ("smoot", 2)])
+def test_a_loader_of_ones_own_trains_as_the_trainers_does(data, method, workers, quick_args, recorder):
+    """Catches an index that is lost, or of other rows; over two epochs and two trainings."""
+    settings = {"method": method, "step_size": 300, "dataloader_num_workers": workers}
+    results = []
+    for parent in (Shuffled, OwnLoader):
+        mine = type("Mine", (SmootMixin, parent), {})
+        trainer = mine(build("vit"), quick_args(**settings), train_dataset=data())
+        trainer.train()
+        first = parameters(trainer)
+        trainer.train()
+        results.append((first, parameters(trainer), trainer.mask_budget and trainer.mask_budget.k))
+    for one, other in zip(results[0][:2], results[1][:2], strict=True):
+        assert largest_difference(one, other) == 0
+    if method != "standard":
+        assert torch.equal(results[0][2], results[1][2])
+        rows = TinyImages()
+        for call in recorder.calls:
+            assert torch.equal(rows.images[call["sample_idx"]], call["images"])
+
+
+@pytest.mark.parametrize("data", [TinyImages, rows_with_a_note])
+def test_a_loader_that_nobody_prepared_keeps_its_order(data, quick_args, tmp_path, recorder):
+    """Catches a loader that is built anew: accelerate would shuffle it in another way. Its rows are the sampler's."""
+    plain = OwnPlainLoader(build("vit"), TrainingArguments(str(tmp_path / "plain"), **QUICK), train_dataset=data())
+    plain.train()
+    mine = type("Mine", (SmootMixin, OwnPlainLoader), {})
+    ours = mine(build("vit"), quick_args(method="standard"), train_dataset=data())
+    ours.train()
+    assert largest_difference(parameters(plain), parameters(ours)) == 0
+    mine(build("vit"), quick_args(), train_dataset=data()).train()
+    seen = [row for call in recorder.calls for row in call["sample_idx"].tolist()]
+    assert seen[:24] == [*RandomSampler(range(24), generator=torch.Generator().manual_seed(7))]
+    assert sorted(seen[24:]) == list(range(24))
+    for call in recorder.calls:
+        assert torch.equal(TinyImages().images[call["sample_idx"]], call["images"])
+
+
+def test_a_loader_of_ones_own_resumes_where_it_was(quick_args):
+    """Catches batches that are skipped past the index."""
+    results = []
+    mine = type("Mine", (SmootMixin, OwnLoader), {})
+    for start in (None, 4):
+        args = quick_args(step_size=300, save_strategy="steps", save_steps=4, lr_scheduler_type="constant")
+        trainer = mine(build("vit"), args, train_dataset=TinyImages())
+        trainer.train(start and f"{args.output_dir}/checkpoint-{start}")
+        results.append((parameters(trainer), trainer.mask_budget.k))
+    assert largest_difference(results[0][0], results[1][0]) == 0
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def further(logits):
+    """A term of the logits of the clean images, as people add it (a margin, a distillation)."""
+    return 0.3 * logits.square().mean()
+
+
+class AddsOfLogits(SmootTrainer):
+    """A further term of the outputs, in a `compute_loss` of one's own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + further(outputs.logits) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+class AddsOfHooked(SmootTrainer):
+    """The same term, of logits that a hook on the model has kept."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kept = []
+        self.model.register_forward_hook(lambda _, __, outputs: self.kept.append(outputs.logits))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.kept.clear()
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The clean images' pass comes first, the masked images' last; one in eval mode in between.
+        return loss + further(self.kept[0]) / self.current_gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("kl_gradient", ["both", "masked"])
+@pytest.mark.parametrize("saliency_score", ["logit", "log_prob"])
+@pytest.mark.parametrize("saliency_pass", ["shared", "eval"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("name", "kind"), [("vit", AddsOfLogits), ("resnet", AddsOfLogits), ("vit", AddsOfHooked)])
+def test_a_further_term_of_the_logits_has_its_gradient(
+    name, kind, accumulation, saliency_pass, saliency_score, kl_gradient, quick_args, recorder
+):
+    """Catches a backward pass through a graph that is gone, and a term whose gradient is lost or counted twice.
+
+    By hand: the loss in one expression, with the mask that the step has chosen, and one step of gradient descent.
+    """
+    options = {"kl_gradient": kl_gradient, "saliency_score": saliency_score, "saliency_pass": saliency_pass}
+    args = quick_args(
+        **options, kl_weight=0.7, max_steps=1, optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
+        gradient_accumulation_steps=accumulation, per_device_train_batch_size=8 // accumulation,
+    )  # fmt: skip
+    model, by_hand = build(name), build(name).train()
+    for each in (model, by_hand):
+        freeze_batch_statistics(each)
+    kind(model, args, train_dataset=TinyImages()).train()
+
+    assert len(recorder.calls) == accumulation
+    for call in recorder.calls:
+        images, labels, mask = call["images"], call["labels"], call["step"].is_masked
+        leaf = images.clone().requires_grad_()
+        score = SF.class_score(by_hand(pixel_values=leaf).logits, labels, saliency_score)
+        (gradient,) = torch.autograd.grad(score.sum(), leaf)
+        assert torch.equal(mask, SF.least_salient_mask(gradient.mean(1), call["k"]))
+        noise = SF.counter_uniform(args.seed, call["epoch"], call["sample_idx"], images.shape[1:])
+        masked = torch.where(mask, SF.uniform_fill(images, mask, noise), images)
+        logits, masked_logits = (by_hand(pixel_values=view).logits for view in (images, masked))
+        log_p = logits.log_softmax(1)
+        kl = torch.nn.functional.kl_div(
+            masked_logits.log_softmax(1), log_p if kl_gradient == "both" else log_p.detach(), log_target=True,
+            reduction="batchmean",
+        )  # fmt: skip
+        loss = torch.nn.functional.cross_entropy(logits, labels) + 0.7 * kl + further(logits)
+        (loss / accumulation).backward()
+    expected = {n: p.detach() - 0.1 * p.grad for n, p in by_hand.named_parameters()}
+    for key, value in model.named_parameters():
+        # One float32 step of at most a few hundredths.
+        torch.testing.assert_close(value.detach(), expected[key], rtol=0, atol=2e-7, msg=key)

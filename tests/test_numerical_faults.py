@@ -207,3 +207,45 @@ def test_the_test_above_can_fail():
     """Without the factor the gradients do vanish."""
     exact = deep_mask(torch.float32, 1.0, SF.class_score)
     assert (deep_mask(torch.float16, 2.0**-12, SF.class_score) == exact).float().mean() < 0.98
+
+
+class Becomes(TrainerCallback):
+    """From the third step on the classifier's weights are of this value: NaN in a diverged run, 0 in a dead model."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step >= 3:
+            with torch.no_grad():
+                model.classifier.weight.fill_(self.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0])
+def test_a_diverged_run_logs_a_deletion_auc_of_nan_and_goes_on(value, quick_trainer, monkeypatch):
+    """Catches hours of training that an evaluation ends, and a number for a saliency that ranks nothing."""
+    said = []
+    monkeypatch.setattr("smoot_hf.measuring_trainer.logger.warning", said.append)
+    trainer = quick_trainer(
+        max_steps=6, eval_strategy="steps", eval_steps=2, deletion_auc_samples=4, learning_rate=1e-3,
+        metric_for_best_model="deletion_auc", load_best_model_at_end=True, save_strategy="best",
+        trainer_kwargs={"eval_dataset": TinyImages(8), "callbacks": [Becomes(value)]},
+    )  # fmt: skip
+    trainer.train()
+    first, *later = [log["eval_deletion_auc"] for log in trainer.state.log_history if "eval_deletion_auc" in log]
+    assert trainer.state.global_step == 6
+    assert math.isfinite(first)
+    assert len(later) == 2
+    assert all(math.isnan(value) for value in later)
+    assert trainer.state.best_metric == first
+    assert len(said) == 2
+    assert "deletion_auc is NaN: attribution 'gradient'" in said[0]
+
+
+def test_an_evaluation_that_is_wrong_still_ends_the_run(quick_trainer):
+    """The test above can fail: only a saliency that ranks nothing is NaN, not labels that are no classes."""
+    data = TinyImages(8)
+    trainer = quick_trainer(deletion_auc_samples=8)
+    data.labels[0] = 99
+    with pytest.raises(ValueError, match="99"):
+        trainer._deletion_auc(data)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from conftest import TinyImages, build
 from datasets import IterableDataset
 
@@ -76,30 +77,97 @@ def test_sharding_engines_are_refused_by_name(flag, name, quick_args):
         Sharded(build("vit"), quick_args(), train_dataset=TinyImages())
 
 
-def test_a_loader_that_lost_the_index_is_refused(quick_args):
-    """Catches K of sample 0 used for all, where a user replaced the loader."""
+class Batches(torch.utils.data.Dataset):
+    """The tiny images in batches made by the data set, which a loader without batches hands on."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return torch.utils.data.default_collate([TinyImages()[row] for row in range(8 * i, 8 * i + 8)])
+
+
+OTHER_LOADERS = {
+    "other rows": lambda data: torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(16)), batch_size=8),
+    "another data set": lambda _: torch.utils.data.DataLoader(TinyImages(), batch_size=8),
+    "no batches": lambda _: torch.utils.data.DataLoader(Batches(), batch_size=None),
+    "no loader": lambda data: [torch.utils.data.default_collate([data[row] for row in range(8)])],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOADERS)
+def test_a_loader_of_which_no_index_is_known_is_refused(name, quick_args):
+    """Catches K of sample 0 used for all, or of row 0 of a subset, where a user replaced the loader."""
 
     class Replaced(SmootTrainer):
         def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+            return OTHER_LOADERS[name](self.train_dataset)
 
     trainer = Replaced(build("vit"), quick_args(), train_dataset=TinyImages())
-    with pytest.raises(ValueError, match=r"no 'sample_idx'.* get_train_dataloader was replaced"):
+    with pytest.raises(
+        ValueError, match=r"no 'sample_idx'.* get_train_dataloader was replaced by .*self.train_dataset"
+    ):
         trainer.train()
 
 
-def test_labels_of_any_integer_type_will_do(quick_trainer):
-    """Catches int32 labels that reach the loss as they are."""
-    narrow = Altered(lambda i: i)
-    narrow.labels = torch.tensor(narrow.labels, dtype=torch.int32).numpy()
-    quick_trainer(train_dataset=narrow, trainer_kwargs={"data_collator": collate_as_they_are}).train()
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
-def collate_as_they_are(examples):
-    return {
-        "pixel_values": torch.stack([e["pixel_values"] for e in examples]),
-        "labels": torch.tensor([e["labels"] for e in examples], dtype=torch.int32),
-    }
+def with_labels_as(dtype):
+    """A collator whose labels are of this type; those of bool are the first two classes."""
+
+    def collate(examples):
+        labels = torch.tensor([e["labels"] for e in examples])
+        return {
+            "pixel_values": torch.stack([e["pixel_values"] for e in examples]),
+            "labels": (labels % 2 if dtype is torch.bool else labels).to(dtype),
+        }
+
+    return collate
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integer_type_are_trained_and_evaluated_alike(dtype, method, quick_args):
+    """Catches a narrow label that training takes and that ends the run at its first evaluation."""
+    results = []
+    for labels in (torch.int64, dtype):
+        data = TinyImages(classes=2)
+        trainer = SmootTrainer(
+            build("vit"), quick_args(method=method, max_steps=2, eval_strategy="steps", eval_steps=2),
+            train_dataset=data, eval_dataset=data, data_collator=with_labels_as(labels),
+            compute_metrics=lambda p: {"correct": int((p.predictions.argmax(1) == p.label_ids).sum())},
+        )  # fmt: skip
+        trainer.train()
+        results.append(
+            [
+                log[name]
+                for log in trainer.state.log_history
+                for name in log
+                if name in ("loss", "eval_loss", "eval_correct")
+            ]
+        )
+    assert results[0] == results[1]
+    assert len(results[0]) == 3
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_float_labels_are_refused_in_one_line_everywhere(dtype, method, quick_args):
+    """Catches torch's own words about a Long, in training, evaluation, prediction and a stream's training."""
+    line = rf"^'labels' must be one class index per sample, int64 \(B,\), got {dtype} \(8,\): convert them .*long\(\)$"
+    data, collator = TinyImages(), with_labels_as(dtype)
+    trainer = SmootTrainer(build("vit"), quick_args(method=method), train_dataset=data)
+    trainer.data_collator = collator
+    for attempt in (trainer.train, lambda: trainer.evaluate(data), lambda: trainer.predict(data)):
+        with pytest.raises(ValueError, match=line):
+            attempt()
+    if method == "standard":
+        items = [item | {"pixel_values": item["pixel_values"].tolist()} for item in data]
+        stream = IterableDataset.from_generator(lambda: iter(items)).with_format("torch")
+        trainer = SmootTrainer(build("vit"), quick_args(method=method), train_dataset=stream, data_collator=collator)
+        with pytest.raises(ValueError, match=line):
+            trainer.train()
 
 
 def test_a_collator_that_drops_samples_is_refused(quick_trainer):
@@ -131,3 +199,70 @@ def test_a_weight_of_two_names_is_refused_where_it_would_be_saved(quick_trainer,
     with pytest.raises(RuntimeError, match="shared tensors"):
         shared().save_pretrained(tmp_path / "model")
     quick_trainer(shared())
+
+
+@pytest.fixture
+def mesh():
+    """A device mesh of this one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("how", ["tensor parallel", "fully sharded", "a model_init", "in a later training"])
+def test_a_model_of_sharded_parameters_is_refused_by_what_it_is(how, method, mesh, quick_args):
+    """Catches a doubled loss (tensor parallel) and a lost gradient (sharded), of which no argument says anything."""
+    model = build("vit")
+
+    def shard():
+        if how == "fully sharded":
+            torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        else:
+            layers = torch.distributed.tensor.parallel
+            layers.parallelize_module(model.classifier, mesh, layers.ColwiseParallel())
+        return model
+
+    args, data = quick_args(method=method), TinyImages()
+
+    def attempt():
+        if how == "a model_init":
+            SmootTrainer(model_init=shard, args=args, train_dataset=data)
+        elif how == "in a later training":
+            trainer = SmootTrainer(model, args, train_dataset=data)
+            shard()
+            trainer.train()
+        else:
+            SmootTrainer(shard(), args, train_dataset=data)
+
+    with pytest.raises(ValueError, match=r"model parallelism is refused \(the DTensor .*whole model on each.*torchrun"):
+        attempt()
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size", "dp_shard_size"])
+def test_every_parallelism_that_shares_a_model_or_a_sample_is_refused_by_name(size, method, quick_args):
+    """Catches one that is named in the arguments, in what a launcher has set, or by the model's own loading."""
+    config = ParallelismConfig(**{size: 2})
+    with pytest.raises(ValueError, match=rf"model parallelism is refused \({size}=2\)"):
+        SmootTrainer(build("vit"), quick_args(method=method, parallelism_config=config), train_dataset=TinyImages())
+
+    class Launched(SmootTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.state.parallelism_config = config
+
+    with pytest.raises(ValueError, match=rf"model parallelism is refused \({size}=2\)"):
+        Launched(build("vit"), quick_args(method=method), train_dataset=TinyImages())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("_tp_size", 2, "model.tp_size=2"), ("_is_distributed_loading_by_transformers", True, "a distributed_config")],
+)
+def test_a_model_that_says_it_was_loaded_in_shards_is_refused(name, value, words, quick_trainer):
+    """Catches shards of plain tensors (of experts), which no parameter shows."""
+    model = build("vit")
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"model parallelism is refused .*{words}"):
+        quick_trainer(model)

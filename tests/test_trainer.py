@@ -1,5 +1,7 @@
 """SmootTrainer leaves everything else to the Trainer."""
 
+import re
+
 import numpy as np
 import pytest
 import reference
@@ -142,7 +144,7 @@ class RecordsInput(torch.nn.Module):
         self.inner = build("cnn", image_size=12)
         self.config, self.seen = self.inner.config, []
 
-    def forward(self, pixel_values, labels=None):
+    def forward(self, pixel_values):
         self.seen.append(pixel_values.detach().clone())
         return self.inner(pixel_values=pixel_values)
 
@@ -225,3 +227,73 @@ def test_small_steps_on_large_images_are_warned_about(quick_args, monkeypatch):
     SmootTrainer(build("resnet"), quick_args(step_unit="percent"), train_dataset=data)
     assert len(said) == 1
     assert "step_unit='percent'" in said[0]
+
+
+class OwnLoss(torch.nn.Module):
+    """A wrapper, as people have them, whose forward computes a loss of the logits and labels."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.inner, self.loss = build("vit", dropout=0.2), loss
+        self.config = self.inner.config
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.inner(pixel_values=pixel_values).logits
+        return {"loss": None if labels is None else self.loss(logits, labels), "logits": logits}
+
+
+def focal(logits, labels):
+    ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return ((1 - (-ce).exp()) ** 2 * ce).mean()
+
+
+def fails(logits, labels):
+    raise RuntimeError("needs boxes\nas well")
+
+
+def own_loss_function(labels, logits, *_, **__):
+    return focal(logits, labels)
+
+
+def vit_with_own_loss_function():
+    model = build("vit", dropout=0.2)
+    model.loss_function = own_loss_function
+    return model
+
+
+OWN_LOSSES = {
+    "another": (lambda: OwnLoss(focal), r"OwnLoss computes a loss of its own.*, 0\.\d+ on the first batch, where the "),
+    "one that fails": (lambda: OwnLoss(fails), r"OwnLoss fails where it is given 'labels' \(needs boxes\)"),
+    "a loss_function that was set": (
+        vit_with_own_loss_function,
+        "ViTForImageClassification computes a loss of its own",
+    ),
+    "cross-entropy": (lambda: OwnLoss(torch.nn.functional.cross_entropy), None),
+    "none": (lambda: OwnLoss(lambda *_: None), None),
+    "that of transformers": (lambda: build("vit", dropout=0.2), None),
+}
+
+
+@pytest.mark.parametrize("method", ["standard", "smoot"])
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_a_loss_that_the_model_computes_itself_is_warned_of_once(name, method, quick_trainer, monkeypatch):
+    """Catches a model trained on plain cross-entropy without a word, and a look at its loss that leaves a trace."""
+    said = []
+    monkeypatch.setattr("smoot_hf.refusals.logger.warning", said.append)
+    model, message = OWN_LOSSES[name]
+    trainer = quick_trainer(model(), method=method)
+    trainer.train()
+    trainer.train()
+    assert len(said) == (message is not None)
+    assert message is None or re.search(message + ".*That loss is not used.*pass it as compute_loss_func", said[0])
+
+    def as_losses_go(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    said.clear()
+    other = quick_trainer(model(), method=method, trainer_kwargs={"compute_loss_func": as_losses_go})
+    other.train()
+    other.train()
+    assert said == []
+    # The user's loss takes the gradients in two passes rather than one: rounded in another order.
+    assert largest_difference(parameters(trainer), parameters(other)) < 1e-5
