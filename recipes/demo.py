@@ -35,6 +35,7 @@ from PIL import Image
 from run_record import METHODS, RECORD_NAME, RunRecord
 
 from smoot_hf.data import DecodedImages
+from smoot_hf.markup import one_line
 
 FILLS = ("corner", "mean")
 _PER_CLASS, _MOST_EXAMPLES = 2, 20
@@ -209,7 +210,7 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
                 )  # fmt: skip
                 gr.Markdown("Test images")
                 gallery = gr.Gallery(
-                    [(picture, example.label) for picture, example in zip(pictures, examples, strict=True)],
+                    [(picture, one_line(example.label)) for picture, example in zip(pictures, examples, strict=True)],
                     show_label=False, columns=4, allow_preview=False, format="png", buttons=[], height="auto",
                     object_fit="contain",
                     elem_id="examples", elem_classes="pixels",
@@ -228,7 +229,7 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
                 with gr.Row():
                     for name in checkpoints:
                         with gr.Column(min_width=200):
-                            gr.Markdown(f"<h3 style='color: {colours[name]}'>{html.escape(name)}</h3>")
+                            gr.HTML(f"<h3 style='color: {colours[name]}'>{html.escape(one_line(name))}</h3>")
                             columns.append(gr.HTML(elem_id=f"verdict-{name}"))
                             for label in ("Pixels left", "Saliency"):
                                 gr.Markdown(label)
@@ -272,10 +273,11 @@ def verdict(one: Explanation, labels: Sequence[str], step: int) -> str:
     )
     whole, kept, removed = (100 * float(v) for v in (one.probability[0], one.probability[step], one.fractions[step]))
     changed = "still" if now == first else "now"
+    was, becomes = html.escape(one_line(first)), html.escape(one_line(now))
     # Three short lines whatever happens, so that the columns stay level.
     return (
-        f"Whole image: <b>{html.escape(first)}</b>, {whole:.0f} %<br>{removed:.0f} % removed: {kept:.0f} %<br>"
-        f"{changed} predicts <b>{html.escape(now)}</b>"
+        f"Whole image: <b>{was}</b>, {whole:.0f} %<br>{removed:.0f} % removed: {kept:.0f} %<br>"
+        f"{changed} predicts <b>{becomes}</b>"
     )
 
 

@@ -21,6 +21,7 @@ from smoot_hf.evaluation_data import DataBatch, rank_batch
 from smoot_hf.functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from smoot_hf.functional.removal import Fill, even_fractions, removal_ranks, removed_counts
 from smoot_hf.image_decoding import on_background
+from smoot_hf.markup import figure_text
 from smoot_hf.model_state import model_device, untouched
 
 STEPS = 20
@@ -125,7 +126,7 @@ def draw_fall(explanations: Mapping[str, Explanation], colours: Mapping[str, str
     axes = figure.subplots()
     for name, found in explanations.items():
         x, y = 100 * found.fractions, 100 * found.probability
-        axes.plot(x, y, color=colours[name], linewidth=2, label=name)
+        axes.plot(x, y, color=colours[name], linewidth=2, label=figure_text(name))
         axes.plot(x[step], y[step], "o", color=colours[name], markersize=9, markeredgecolor="black")
     now = 100 * float(next(iter(explanations.values())).fractions[step])
     axes.axvline(now, color="black", linewidth=1, linestyle=":")

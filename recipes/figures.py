@@ -21,6 +21,7 @@ from torch import Tensor
 from smoot_hf import Convention, Faithfulness
 from smoot_hf.evaluation import Curve
 from smoot_hf.image_classes import ImageClasses
+from smoot_hf.markup import figure_text
 from smoot_hf.results import Measurement
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; the markers say it once more.
@@ -32,6 +33,8 @@ _FURTHER = {
     "insertion": ("insertion", "#000000", "-."),
 }
 WIDTH, DPI = 9.0, 150
+# Characters of a name beside an image; more would run into its neighbours.
+_LONGEST_LINE = 24
 # A legend under its panel, where it hides nothing.
 _BELOW: dict[str, Any] = {
     "fontsize": 8,
@@ -61,7 +64,7 @@ def short(convention: Convention) -> str:
     area = "trapezoid" if convention.normalisation == "none" else "trapezoid / span"
     return (
         f"{convention.fill} fill, {first} to {last} % in {len(convention.fractions) - 1} steps, {area}\n"
-        f"ranked by {kind}{convention.attribution}{score}, {convention.target}"
+        f"ranked by {kind}{figure_text(convention.attribution)}{score}, {convention.target}"
     )
 
 
@@ -77,9 +80,17 @@ def draw_curves(panels: Mapping[Convention, Measured], path: Path) -> None:
         styles = style(list(measured))
         for name, found in measured.items():
             colour, marker = styles[name]
-            _band(axes, found, "deletion", name, color=colour, marker=marker, markersize=4)
+            _band(axes, found, "deletion", figure_text(name), color=colour, marker=marker, markersize=4)
         for name, found in measured.items():
-            _band(axes, found, "random", f"{name}, random", color=styles[name][0], linestyle="--", linewidth=1)
+            _band(
+                axes,
+                found,
+                "random",
+                f"{figure_text(name)}, random",
+                color=styles[name][0],
+                linestyle="--",
+                linewidth=1,
+            )
         is_single = len(measured) == 1
         for curve, (label, colour, line) in _FURTHER.items() if is_single else ():
             _band(axes, next(iter(measured.values())), curve, label, color=colour, linestyle=line, linewidth=1.5)
@@ -137,13 +148,13 @@ def draw_saliency_grid(
     figure, grid = plt.subplots(1 + len(maps), count, figsize=(WIDTH, WIDTH / (count + 1.6) * (1 + len(maps)) + 0.5))
     for column in range(count):
         grid[0, column].imshow(images[column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        grid[0, column].set_title(labels[column], fontsize=10)
+        grid[0, column].set_title(figure_text(labels[column], _LONGEST_LINE), fontsize=10)
     for row, values in zip(grid[1:], maps.values(), strict=True):
         for column, axes in enumerate(row):
             largest = float(values[column].max()) or 1.0
             shown = axes.imshow(values[column] / largest, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
     for row, name in zip(grid, ["image", *maps], strict=True):
-        row[0].set_ylabel(name, fontsize=11, color=STYLE.get(name, ("black",))[0])
+        row[0].set_ylabel(figure_text(name, _LONGEST_LINE), fontsize=11, color=STYLE.get(name, ("black",))[0])
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     figure.colorbar(shown, ax=grid.ravel().tolist(), label="share of the map's maximum", fraction=0.03, pad=0.015)
@@ -174,7 +185,7 @@ def draw_budgets(histories: Mapping[str, BudgetHistory], path: Path) -> None:
         axes.plot(epochs, statistics[name], line, color="#D55E00", linewidth=1.8, label=label)
     axes.set_xlabel("epochs completed")
     axes.set_ylabel(f"K: masked pixels of {first.pixels}")
-    axes.set_title(f"K of the training images of {', '.join(histories)}", fontsize=10)
+    axes.set_title(f"K of the training images of {', '.join(map(figure_text, histories))}", fontsize=10)
     used = levels[counts.any(axis=0)]
     axes.set(xlim=(sides[0], sides[-1]), ylim=(used[0] - 1, used[-1] + 1 + (used[-1] - used[0]) / 4))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -205,7 +216,8 @@ def draw_image_classes(found: ImageClasses, examples: Mapping[str, Example], pat
             axes.scatter(x[mask], 100 * y[mask], edgecolors="#0072B2", c=filled, s=36, zorder=3, label=label)
         floor = 100 * float(found.floor[example.row])
         axes.axhline(floor, color="#D55E00", linestyle=":", linewidth=1.2, label="without evidence")
-        axes.set_title(f"{name}: test image {int(found.sample_idx[example.row])}, label {example.label}", fontsize=10)
+        shown = figure_text(example.label, _LONGEST_LINE)
+        axes.set_title(f"{name}: test image {int(found.sample_idx[example.row])}, label {shown}", fontsize=10)
         axes.set_xlabel("positions masked, most salient first (%)")
         axes.set_ylabel("probability of the label (%)")
         axes.tick_params(labelleft=True)

@@ -14,6 +14,7 @@ from verdict import Verdict
 
 from smoot_hf import Convention
 from smoot_hf.environment import describe_environment
+from smoot_hf.markup import markdown_text
 from smoot_hf.results import Measurement, Results, Row, faithfulness_row, left_out_notes
 
 COLUMNS = {
@@ -93,9 +94,12 @@ def _training_row(method: str, by_seed: Mapping[int, Run], histories: Mapping[Pa
 def comparison_table(results: Results) -> str:
     """The Markdown table, and below it the differences between methods in words."""
     table = replace(results, rows=_measured_rows(results)).markdown_table(COLUMNS)
-    lines = [f"- {note}" for note in left_out_notes(results.rows)]
-    lines += [f"- {row.convention['fill']} fill, {_preset(row)}: {sentence}" for row, sentence in _sentences(results)
-             if row.convention is not None]  # fmt: skip
+    lines = [f"- {markdown_text(note)}" for note in left_out_notes(results.rows)]
+    lines += [
+        f"- {row.convention['fill']} fill, {_preset(row)}: {markdown_text(sentence)}"
+        for row, sentence in _sentences(results)
+        if row.convention is not None
+    ]
     return table + "\n" + "\n".join(lines) + "\n"
 
 

@@ -5,11 +5,15 @@ from typing import Any
 
 from command_line import RecipeArguments
 from torch.utils.data import Subset
+from transformers.utils import logging
 
 from smoot_hf import Faithfulness, SmootTrainer, SmootTrainingArguments, evaluate_faithfulness
 from smoot_hf.fingerprint import hub_revision
 from smoot_hf.functional.removal import Fill
 from smoot_hf.hub_trainer import PushError
+from smoot_hf.saving_trainer import first_line
+
+logger = logging.get_logger(__name__)
 
 # The two fills of the tables: the fill moves the AUC as much as a training method does.
 _FILLS: tuple[Fill, ...] = ("corner", "mean")
@@ -18,13 +22,18 @@ _FILLS: tuple[Fill, ...] = ("corner", "mean")
 def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> None:
     """Write card, figures and results.json into the run's folder, and push it where `push_to_hub` says so.
 
+    Where faithfulness cannot be measured, a warning says why, and the card goes without.
+
     Raises:
         PushError: what the Hub lacks, now or since a push during training; the model is saved by then.
     """
     # Of a local folder its name alone: the rest is nobody's business.
     card: dict[str, Any] = {"dataset": Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset}
     if trainer.is_world_process_zero():
-        card["faithfulness"] = measure(trainer, args, recipe)
+        try:
+            card["faithfulness"] = measure(trainer, args, recipe)
+        except (ValueError, RuntimeError) as error:
+            logger.warning(f"the card has no faithfulness, which could not be measured: {first_line(error)}")
         on_hub = hub_revision(trainer.train_dataset)
         card["dataset_tags"] = on_hub and on_hub[0]
     if not args.push_to_hub:

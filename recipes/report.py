@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smoot_hf.markup import one_line
 from smoot_hf.results import Results
 
 _STYLE = """
@@ -58,39 +59,44 @@ def write_report(
         "Settings": _pairs(results.settings),
         "Versions": _pairs(results.environment),
     }
-    body = "\n".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections.items())
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    body = f"<h1>{html.escape(title)}</h1>\n{body}"
+    body = "\n".join(f"<h2>{_escaped(heading)}</h2>{content}" for heading, content in sections.items())
+    head = f'<meta charset="utf-8"><title>{_escaped(title)}</title><style>{_STYLE}</style>'
+    body = f"<h1>{_escaped(title)}</h1>\n{body}"
     path.write_text(f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n', "utf-8")
 
 
 def html_table(heads: Sequence[str], groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
     """A table of given texts, in groups of lines with a heading each."""
-    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in heads)]
+    lines = ["".join(f"<th>{_escaped(text)}</th>" for text in heads)]
     for heading, group in groups.items():
-        lines.append(f'<td class="group" colspan="{len(heads)}">{html.escape(heading)}</td>')
-        lines += ["".join(f"<td>{html.escape(text)}</td>" for text in line) for line in group]
+        lines.append(f'<td class="group" colspan="{len(heads)}">{_escaped(heading)}</td>')
+        lines += ["".join(f"<td>{_escaped(text)}</td>" for text in line) for line in group]
     return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
 
 
 def paragraphs(texts: Sequence[str]) -> str:
     """One paragraph each."""
-    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+    return "".join(f"<p>{_escaped(text)}</p>" for text in texts)
+
+
+def _escaped(text: str) -> str:
+    """A text as HTML shows it, whatever a name in it holds."""
+    return html.escape(one_line(text))
 
 
 def _list(texts: Sequence[str]) -> str:
-    return '<ul class="verdict">' + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
+    return '<ul class="verdict">' + "".join(f"<li>{_escaped(text)}</li>" for text in texts) + "</ul>"
 
 
 def _figure(heading: str, caption: str, picture: Path) -> str:
     data = base64.b64encode(picture.read_bytes()).decode()
-    image = f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    image = f'<img alt="{_escaped(heading)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{_escaped(caption)}</figcaption></figure>"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
     lines = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(_text(value))}</td></tr>" for name, value in values.items()
+        f"<tr><td>{_escaped(name)}</td><td>{_escaped(_text(value))}</td></tr>" for name, value in values.items()
     )
     return f'<table class="settings">{lines}</table>'
 

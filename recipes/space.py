@@ -15,6 +15,8 @@ from demo import Example, make_page
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from smoot_hf.markup import markdown_text
+
 ROOT = Path(__file__).parent.parent
 _METADATA = "metadata.jsonl"
 
@@ -89,7 +91,7 @@ def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence
     (folder / "app.py").write_text(_APP, encoding="utf-8")
     # A Space's own default is older than this package allows.
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    readme = _README.format(version=version, python=python, names=", ".join(checkpoints))
+    readme = _README.format(version=version, python=python, names=", ".join(map(markdown_text, checkpoints)))
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 

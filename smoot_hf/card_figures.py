@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .evaluation import Faithfulness
+from .markup import figure_text
 from .mask_budget import MaskBudget
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; the markers say it once more.
@@ -21,6 +22,8 @@ _CURVES = {
     "insertion": ("most salient restored first", "#0072B2", "^-"),
 }
 _WIDTH, _DPI = 9.0, 110
+# Characters of a title above an image; more would run into its neighbours.
+_LONGEST_LINE = 24
 
 
 def draw_budget(budget: MaskBudget, path: Path) -> None:
@@ -55,7 +58,8 @@ def draw_curves(measured: Sequence[Faithfulness], path: Path) -> None:
         convention = found.convention
         kind = {None: "", True: "signed ", False: "magnitude of "}[convention.signed]
         score = "" if convention.score is None else f" of the {convention.score.replace('_', '-')}"
-        axes.set_title(f"{convention.fill} fill, ranked by {kind}{convention.attribution}{score}", fontsize=9)
+        attribution = figure_text(convention.attribution)
+        axes.set_title(f"{convention.fill} fill, ranked by {kind}{attribution}{score}", fontsize=9)
         axes.set_xlabel("positions removed or restored (%)")
         axes.set_ylabel("images correct (%)" if convention.measure == "accuracy" else "probability (%)")
         axes.set(xlim=(0, 100), ylim=(0, 102))
@@ -68,12 +72,12 @@ def draw_curves(measured: Sequence[Faithfulness], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_saliency(pictures: Tensor, titles: Sequence[str], maps: Tensor, path: Path) -> None:
+def draw_saliency(pictures: Tensor, titles: Sequence[Sequence[str]], maps: Tensor, path: Path) -> None:
     """Images, and below each its saliency as a share of its own maximum.
 
     Args:
-        pictures: (n, C, H, W) in [0, 1].
-        titles: of the images.
+        pictures: (n, C, H, W) in [0, 1]; other than three channels are shown in grey, by their mean.
+        titles: lines of text above each image, as they are: nothing in them is read as a formula.
         maps: (n, H, W), at least 0.
         path: of the figure.
     """
@@ -82,9 +86,11 @@ def draw_saliency(pictures: Tensor, titles: Sequence[str], maps: Tensor, path: P
     figure = _figure(_WIDTH, _WIDTH / (count + 1) * 2 * pictures.shape[2] / pictures.shape[3] + 0.5)
     grid = figure.subplots(2, count, squeeze=False)
     for column in range(count):
-        picture = pictures[column].permute(1, 2, 0).squeeze(2).numpy()
+        picture = pictures[column].permute(1, 2, 0)
+        picture = (picture if picture.shape[2] == 3 else picture.mean(dim=2)).numpy()
         grid[0, column].imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        grid[0, column].set_title(titles[column], fontsize=9)
+        title = "\n".join(figure_text(line, _LONGEST_LINE) for line in titles[column])
+        grid[0, column].set_title(title, fontsize=9)
         largest = float(maps[column].max()) or 1.0
         shown = grid[1, column].imshow(
             (maps[column] / largest).numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest"

@@ -1,8 +1,13 @@
-"""The text of a model card: Markdown from what a run has measured and what is known of it."""
+"""The text of a model card: Markdown from what a run has measured and what is known of it.
 
+Nothing that another wrote (names of classes, data, models, values of arguments) goes in without `markup`.
+"""
+
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from .markup import markdown_code, markdown_link, markdown_text, one_line
 from .results import Results, Row, left_out_notes
 
 _METHODS = {
@@ -41,20 +46,22 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         "Citation": _CITATION,
     }
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
-    return f"# {about['name']}\n\n{_introduction(results, about)}\n\n{body}\n"
+    return f"# {markdown_text(about['name'])}\n\n{_introduction(results, about)}\n\n{body}\n"
 
 
 def _introduction(results: Results, about: Mapping[str, Any]) -> str:
-    start = (
-        f" from [{about['base_model']}](https://huggingface.co/{about['base_model']})" if about["base_model"] else ""
-    )
-    start = start or (" from a local checkpoint" if about["is_finetuned"] else " from random weights")
-    data = about["dataset"] or "a data set that was not named"
-    classes = about["classes"]
+    if about["base_model_id"]:
+        start = markdown_link(about["base_model_id"], f"https://huggingface.co/{about['base_model_id']}")
+    elif about["base_model"]:
+        start = markdown_text(about["base_model"])
+    else:
+        start = "a local checkpoint" if about["is_finetuned"] else "random weights"
+    data = markdown_text(about["dataset"] or "a data set that was not named")
+    classes = [markdown_text(name) for name in about["classes"]]
     names = ", ".join(classes[:_MOST_NAMES]) + (", ..." if len(classes) > _MOST_NAMES else "")
     return (
-        f"An image classifier of {len(classes)} classes ({names}): a `{about['model']}` of {about['parameters']:,} "
-        f"parameters, trained{start} on {data} by {_METHODS[results.settings['method']]}."
+        f"An image classifier of {len(classes)} classes ({names}): a {markdown_code(about['model'])} of "
+        f"{about['parameters']:,} parameters, trained from {start} on {data} by {_METHODS[results.settings['method']]}."
     )
 
 
@@ -64,8 +71,9 @@ def _results(results: Results, about: Mapping[str, Any], figures: Mapping[str, s
     parts = []
     if reported:
         images = f" ({about['eval_images']:,} images)" if about["eval_images"] else ""
-        parts.append(f"On the evaluation set{images}, as the metrics report them:")
-        parts.append("\n".join(f"- {name}: {value:.4f}" for name, value in reported.items()))
+        sets = "sets" if about["has_eval_sets"] else "set"
+        parts.append(f"On the evaluation {sets}{images}, as the metrics report them:")
+        parts.append("\n".join(f"- {markdown_text(name)}: {value:.4f}" for name, value in reported.items()))
     if measured:
         columns = {n: title for n, title in _COLUMNS.items() if any(n in row.metrics for row in measured)}
         n = {detail["n"] for row in measured for detail in row.details["by_seed"].values()}
@@ -140,7 +148,9 @@ def _use(about: Mapping[str, Any]) -> str:
     }[about["processor_agrees"]]
     pixels += " Colours are made grey." if about["is_grey"] else ""
     libraries = "transformers and timm" if about["needs_timm"] else "transformers"
-    return _USE.format(repo=about["repo"], trust=trust, code=code if trust else "", pixels=pixels, libraries=libraries)
+    # The same text means the same in JSON and in Python, and stays on its line of the code.
+    repo = json.dumps(one_line(about["repo"]), ensure_ascii=False)
+    return _USE.format(repo=repo, trust=trust, code=code if trust else "", pixels=pixels, libraries=libraries)
 
 
 _USE = """With {libraries} alone:
@@ -148,7 +158,7 @@ _USE = """With {libraries} alone:
 ```python
 from transformers import pipeline
 
-classify = pipeline("image-classification", "{repo}"{trust})
+classify = pipeline("image-classification", {repo}{trust})
 classify("photo.png")
 ```
 {code}
@@ -161,7 +171,7 @@ from captum.attr import Saliency
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-repo = "{repo}"
+repo = {repo}
 processor = AutoImageProcessor.from_pretrained(repo{trust})
 model = AutoModelForImageClassification.from_pretrained(repo{trust})
 model.eval()
@@ -180,16 +190,21 @@ plt.savefig("saliency.png")
 ```"""
 
 
+_OF_THE_DATA = {
+    "configuration": "dataset_config",
+    "revision": "dataset_revision",
+    "fingerprint of the training set": "dataset_fingerprint",
+}
+
+
 def _training(results: Results, about: Mapping[str, Any]) -> str:
     settings = dict(results.settings)
-    data = about["dataset"] or "not named"
+    data = markdown_text(about["dataset"] or "not named")
     if about["dataset_id"]:
-        data = f"[{about['dataset']}](https://huggingface.co/datasets/{about['dataset_id']})"
+        data = markdown_link(about["dataset"], f"https://huggingface.co/datasets/{about['dataset_id']}")
     facts = {
         "data set": data,
-        "configuration": about["dataset_config"],
-        "revision": about["dataset_revision"],
-        "fingerprint of the training set": about["dataset_fingerprint"],
+        **{name: markdown_text(about[key]) for name, key in _OF_THE_DATA.items() if about[key] is not None},
         "training images": None if about["train_images"] is None else f"{about['train_images']:,}",
         "epochs": f"{epochs:.4g}" if (epochs := settings.pop("epochs")) is not None else None,
         "steps": settings.pop("steps"),
@@ -198,22 +213,21 @@ def _training(results: Results, about: Mapping[str, Any]) -> str:
     heading = "Method, seed, the arguments that differ from their defaults, and what no argument says:"
     return (
         f"{_table(known, ('item', 'value'))}\n\n{heading}\n\n"
-        f"{_table({f'`{k}`': f'`{v}`' for k, v in settings.items()}, ('argument', 'value'))}"
+        f"{_table({markdown_code(k): markdown_code(v) for k, v in settings.items()}, ('argument', 'value'))}"
     )
 
 
 def _versions(environment: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: version for name, version in environment.items() if version is not None}
+    known = {markdown_text(name): markdown_text(value) for name, value in environment.items() if value is not None}
     if "commit" in known:
         known["commit of smoot_hf"] = known.pop("commit")
     return known
 
 
 def _table(values: Mapping[str, Any], heads: tuple[str, str]) -> str:
+    """A table of two columns; names and values are Markdown already."""
     lines = [f"| {heads[0]} | {heads[1]} |", "|---|---|"]
-    return "\n".join(
-        [*lines, *(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items())]
-    )
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in values.items())])
 
 
 def _limits(results: Results, about: Mapping[str, Any]) -> str:
@@ -233,9 +247,8 @@ def _limits(results: Results, about: Mapping[str, Any]) -> str:
             "A model trained on masked images takes the removal of any pixels otherwise than one that was not: compare "
             "with the random order, not with the numbers of other models alone."
         )
-    limits.append(
-        f"It knows the classes of {about['dataset'] or 'its training set'}, and takes every image for one of them."
-    )
+    data = markdown_text(about["dataset"] or "its training set")
+    limits.append(f"It knows the classes of {data}, and takes every image for one of them.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 

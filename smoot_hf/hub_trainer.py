@@ -1,23 +1,29 @@
 """A Trainer whose pushes carry a card written from the run, and say what to do when they fail."""
 
-import os
 import shlex
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import HubStrategy
-from transformers.utils import logging
+from huggingface_hub import CommitInfo, run_as_future
+from huggingface_hub.errors import HFValidationError, HTTPError
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress, logging
 
 from .evaluation import Faithfulness
-from .model_card import write_model_card
-from .saving_trainer import SaveError, SavingTrainer, first_line, writing
+from .model_card import OF_OTHER_DATA, check_card_arguments, write_model_card
+from .published_files import CARD_FILES, commit_files, copy_model, model_files, published_content, upload_patterns
+from .saving_trainer import SavingTrainer, first_line
 
 logger = logging.get_logger(__name__)
+
+# What the Hub's client raises, and its transport, whose library changes between releases; a RuntimeError says which
+# file did not arrive.
+_HUB_ERRORS = (OSError, HTTPError, HFValidationError, RuntimeError)
 
 
 class PushError(OSError):
@@ -38,8 +44,6 @@ class HubTrainer(SavingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.failed_pushes: dict[str, str] = {}
-        # Those under way, and where their folder goes: (job, folder, place in the repository).
-        self._pushes: list[tuple[Future, str, str]] = []
         super().__init__(*args, **kwargs)
 
     def create_model_card(
@@ -71,25 +75,42 @@ class HubTrainer(SavingTrainer):
             dataset_tags: Hub id of the data set. Default: read from the training set, where it came from the Hub.
             dataset: name of the data set. Default: `dataset_tags`. Without either the metadata have no results.
             dataset_args: configuration of the data set, by its name.
-            faithfulness: of this model on the evaluation set, one for each convention; adds the curves and a grid of
-                saliency maps. What was not measured is not on the card.
+            faithfulness: of this model on the evaluation set, one for each convention; adds the curves and, where
+                `eval_dataset` is one set, a grid of saliency maps. What was not measured is not on the card.
+
+        Raises:
+            SaveError: the output folder cannot be written to.
         """
         if not self.is_world_process_zero():
             return
-        with writing(self.args.output_dir):
-            write_model_card(
-                self,
-                faithfulness=faithfulness,
-                language=language,
-                license=license,
-                tags=tags,
-                model_name=model_name,
-                finetuned_from=finetuned_from,
-                tasks=tasks,
-                dataset_tags=dataset_tags,
-                dataset=dataset,
-                dataset_args=dataset_args,
-            )
+        write_model_card(
+            self,
+            faithfulness=faithfulness,
+            language=language,
+            license=license,
+            tags=tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+            dataset_args=dataset_args,
+        )
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; the log keeps whether it was of the trainer's own evaluation set, for the card."""
+        before = len(self.state.log_history)
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if not self._is_own_evaluation_set(eval_dataset):
+            for entry in self.state.log_history[before:]:
+                entry[OF_OTHER_DATA] = True
+        return metrics
+
+    def _is_own_evaluation_set(self, dataset: Any) -> bool:
+        own = self.eval_dataset
+        sets = [own, *own.values()] if isinstance(own, dict) else [own]
+        # The name of one of several sets stands for it.
+        return dataset is None or isinstance(dataset, str) or any(dataset is one for one in sets)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.init_hf_repo`.
@@ -100,92 +121,158 @@ class HubTrainer(SavingTrainer):
         with self._pushing():
             super().init_hf_repo(*args, **kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`, with the arguments of `create_model_card`; the model is saved before anything else.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the model, write its card, and publish both; the arguments are those of `Trainer.push_to_hub`.
+
+        What else lies in the output folder stays there: uploaded are the model, its processor and code, the training
+        arguments without local paths, the card with its figures, and `results.json`. Where the card cannot be written,
+        or the Hub does not take it, a warning says why and the model is published without one.
+
+        Args:
+            commit_message: of the commit.
+            blocking: wait until everything is uploaded.
+            token: in place of `args.hub_token`.
+            revision: branch to publish to, in place of `args.hub_revision`.
+            private: whether a new repository is, in place of `args.hub_private_repo`.
+            **card: the arguments of `create_model_card`.
+
+        Returns:
+            The commit, or what becomes it where `blocking=False`; `None` on all processes but the first.
 
         Raises:
+            TypeError: an argument that `create_model_card` does not take; nothing was done.
             PushError: the Hub cannot be reached, or refuses; the model is in `args.output_dir`.
+            SaveError: the model cannot be saved.
         """
+        check_card_arguments(self.create_model_card, card)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        # Before the Hub is asked for anything: where it fails, the model is saved.
+        self.save_model(_internal_call=True)
         if self.hub_model_id is None:
-            # The Trainer makes the repository first: where that fails, the model would not be saved at all.
-            self.save_model(_internal_call=True)
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        has_card = self._has_written_card(card)
+        self._finish_current_push()
+        folder = self.args.output_dir
+        names = [*model_files(self, folder), TRAINING_ARGS_NAME, *(CARD_FILES if has_card else ())]
+        upload = self._upload(folder, names, ".", commit_message, token, revision)
         with self._pushing():
-            pushed = super().push_to_hub(*args, **kwargs)
-        if isinstance(pushed, Future):
-            pushed.add_done_callback(partial(self._note_end, self.args.output_dir, "."))
-        else:
-            self.failed_pushes.pop(".", None)
-        return pushed
+            if not blocking:
+                return self._in_background(upload, folder, ".")
+            commit = upload()
+        self.failed_pushes.pop(".", None)
+        return commit
+
+    def _has_written_card(self, card: dict[str, Any]) -> bool:
+        """Write the card; `False`, with a warning, where that fails: nothing must keep the model from being pushed."""
+        default = (self.args.hub_model_id or self.args.output_dir).rstrip("/").split("/")[-1]
+        tags = [card["tags"]] if isinstance(card.get("tags"), str) else list(card.get("tags") or [])
+        # As the Trainer does: tags that the model brings along.
+        tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
+        try:
+            self.create_model_card(**{**card, "model_name": card.get("model_name") or default, "tags": tags})
+        # The card runs the model, the data set and the user's own code, which may raise anything.
+        except Exception as error:
+            logger.warning(
+                f"the model is pushed without a card, which could not be written ({type(error).__name__}: "
+                f"{first_line(error)}): trainer.create_model_card() shows where"
+            )
+            return False
+        return True
+
+    def _upload(
+        self, folder: str, names: Sequence[str], place: str, message: str | None, token: str | None, revision: Any
+    ) -> partial[CommitInfo]:
+        """What commits files of a folder to a place in the repository ("." for its root), when it is called."""
+        prefix = "" if place == "." else f"{place}/"
+        files = {
+            f"{prefix}{name}": published_content(path, self.args)
+            for name in names
+            if (path := Path(folder) / name).is_file()
+        }
+        revision = self.args.hub_revision if revision is None else revision
+        return partial(commit_files, str(self.hub_model_id), files, message, token, revision)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # The Trainer deletes old checkpoints while they are uploaded, and with hub_always_push it writes over a model
-        # that is: the Hub refuses what changes on its way.
+        # The Trainer deletes old checkpoints while they are uploaded, and with hub_always_push a model that is uploaded
+        # would be written over: the Hub refuses what changes on its way.
         args = self.args
         if args.push_to_hub and (args.hub_always_push or (args.save_total_limit and self._pushes_checkpoints())):
             self._finish_current_push()
         super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero():
+        """As in `Trainer`, which would publish everything that lies in the output folder."""
+        args, progress = self.args, self.push_in_progress
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        # The Trainer takes weights and configuration along, but not the code that the configuration names.
-        for code in Path(checkpoint_folder).glob("*.py"):
-            there = Path(self.args.output_dir) / code.name
-            if not there.is_file() or there.read_bytes() != code.read_bytes():
-                shutil.copy(code, there)
-        self._settle_pushes()
-        earlier = self._push_jobs()
-        super()._push_from_checkpoint(checkpoint_folder)
-        is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-        place = "last-checkpoint" if is_last else os.path.basename(checkpoint_folder)
-        # The model's comes first, then that of the training state, where the strategy has one.
-        folders = [(self.args.output_dir, "."), (checkpoint_folder, place)]
-        new = [job for job in self._push_jobs() if job not in earlier]
-        self._pushes += [(job, *pushed) for job, pushed in zip(new, folders, strict=False)]
-
-    def _push_jobs(self) -> list[Future]:
-        return [] if self.push_in_progress is None else list(self.push_in_progress.jobs)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._settle_pushes()
-
-    def _settle_pushes(self) -> None:
-        """Note how the pushes ended that did: the Trainer waits for its jobs and never asks."""
-        ended = [push for push in self._pushes if push[0].done()]
-        self._pushes = [push for push in self._pushes if push not in ended]
-        for job, folder, place in ended:
-            self._note_end(folder, place, job)
+        is_busy = progress is not None and not progress.is_done()
+        if is_busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # To where nothing changes it while it is uploaded.
+        names = copy_model(self, checkpoint_folder)
+        step = f"step {self.state.global_step}" if args.save_strategy == SaveStrategy.STEPS else None
+        message = f"Training in progress, {step or f'epoch {int(self.state.epoch)}'}"
+        uploads = [(args.output_dir, names, ".", message)]
+        if self._pushes_checkpoints():
+            checkpoint = Path(checkpoint_folder)
+            # Training goes on from all of it.
+            whole = sorted(p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file())
+            place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            uploads.append((checkpoint_folder, whole, place, f"{message}, checkpoint"))
+        jobs = []
+        for folder, chosen, place, said in uploads:
+            upload = self._upload(folder, chosen, place, said, args.hub_token, None)
+            jobs.append(self._in_background(upload, folder, place))
+        self.push_in_progress = PushInProgress([*(progress.jobs if progress is not None and is_busy else ()), *jobs])
 
     def _pushes_checkpoints(self) -> bool:
         return self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
-    def _note_end(self, folder: str, place: str, job: Future) -> None:
-        error = None if job.cancelled() else job.exception()
-        if error is None:
-            self.failed_pushes.pop(place, None)
-            return
-        self.failed_pushes[place] = self._not_pushed(error, folder, place)
-        logger.warning(self.failed_pushes[place])
+    def _in_background(self, upload: Callable[[], CommitInfo], folder: str, place: str) -> Future[CommitInfo]:
+        return run_as_future(self._upload_and_note, upload, folder, place)
+
+    def _upload_and_note(self, upload: Callable[[], CommitInfo], folder: str, place: str) -> CommitInfo:
+        """Upload, and note how it ended: the Trainer waits for its jobs and never asks."""
+        try:
+            commit = upload()
+        except Exception as error:  # raised again: whoever asks the job gets it as it is
+            self.failed_pushes[place] = self._not_pushed(error, folder, place)
+            logger.warning(self.failed_pushes[place])
+            raise
+        self.failed_pushes.pop(place, None)
+        return commit
 
     @contextmanager
     def _pushing(self) -> Iterator[None]:
-        """Say what to do where the Hub fails, whatever its client raises: the local result is whole."""
+        """Say what to do where the Hub fails; for calls of its client alone, whose errors are of these classes."""
         try:
             yield
-        except (PushError, SaveError):
-            raise
-        except Exception as error:
+        except _HUB_ERRORS as error:
             raise PushError(self._not_pushed(error, self.args.output_dir)) from error
 
     def _not_pushed(self, error: BaseException, folder: str, place: str = ".") -> str:
         # The full name is known once the Hub has been asked.
         repo = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        revision = ["--revision", self.args.hub_revision] if self.args.hub_revision else []
-        command = shlex.join(["hf", "upload", repo, folder, place, *revision])
+        words = ["hf", "upload"]
+        if self.args.hub_revision:
+            words += ["--revision", self.args.hub_revision]
         if place == ".":
-            # As the Trainer does.
-            command += " --exclude 'checkpoint-*'"
+            for pattern in upload_patterns(model_files(self, folder), folder):
+                words += ["--include", pattern]
+        # A folder whose name begins with a dash is no option.
+        command = shlex.join([*words, "--", repo, folder, place])
         return (
             f"cannot push to {repo!r} on the Hub ({first_line(error)}): log in with `hf auth login` and check "
             f"hub_model_id, or try again later; what is saved stays in {folder}: `{command}`"

@@ -30,6 +30,7 @@ _NO_INDEX = (
 _REPLACED = {
     "compute_loss": "pass a loss of the logits and labels as compute_loss_func",
     "create_model_card": "pass what the card shall say to push_to_hub",
+    "push_to_hub": "upload further files with huggingface_hub after it",
 }
 
 
@@ -41,9 +42,10 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
     `logits`. Each sample's index is attached to the training batches and taken off again: collators, transforms,
     metrics and callbacks need not know. Evaluation is the Trainer's own: no masking, and K does not move.
 
-    What `TheirTrainer` overrides keeps working, except for the two methods whose work is done here and nowhere else,
-    `compute_loss` and `create_model_card`: a class that has one of its own is refused when `Mine` is defined. `Mine`
-    itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and the parameters.
+    What `TheirTrainer` overrides keeps working, except for the methods whose work is done here and nowhere else,
+    `compute_loss`, `create_model_card` and `push_to_hub`: a class that has one of its own is refused when `Mine` is
+    defined. `Mine` itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and
+    the parameters.
     A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass:
     forward hooks for the clean and the masked images, backward hooks for the saliency as well. A `get_train_dataloader`
     of one's own may return any `DataLoader` over `self.train_dataset` itself that collates batches.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import ModelOutput, logging
 
-from .clean_pass import logits_of
 from .functional import classification_loss
+from .model_logits import logits_of
 from .model_state import untouched
 from .sample_index import has_index
 from .saving_trainer import first_line

@@ -34,6 +34,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .evaluation import Faithfulness
+from .markup import markdown_text
 
 logger = logging.get_logger(__name__)
 
@@ -165,9 +166,9 @@ class Results:
                 notes.append(note)
             mark = "" if note is None else f" [{notes.index(note) + 1}]"
             cells = [cell(row, name) if name in row.metrics else "–" for name in columns]
-            lines.append(f"| {row.name}{mark} | " + " | ".join(cells) + " |")
+            lines.append(f"| {markdown_text(row.name)}{mark} | " + " | ".join(cells) + " |")
         # A blank line ends the table; two spaces end a line.
-        lines += ["", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))] if notes else []
+        lines += ["", *(f"[{i}] {markdown_text(note)}  " for i, note in enumerate(notes, 1))] if notes else []
         return "\n".join(lines) + "\n"
 
 

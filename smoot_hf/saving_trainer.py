@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments
 
@@ -40,16 +42,33 @@ def make_output_dir(args: TrainingArguments) -> None:
 
 @contextmanager
 def writing(folder: str) -> Iterator[None]:
-    """Say which folder could not be written: torch names neither file nor reason, safetensors no file."""
+    """Say which folder could not be written: torch names neither file nor reason, safetensors no file.
+
+    Any other error passes as it is: memory that is used up, or a model whose state cannot be gathered.
+
+    Raises:
+        SaveError: a file could not be written.
+    """
     try:
         yield
-    except SaveError:
-        raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_a_file(error):
+            raise
         raise SaveError(
             f"cannot write to {folder} ({first_line(error)}; {_free(folder)}): free space or set output_dir to a "
             "folder that can be written. What was saved before is whole: resume from the last complete checkpoint"
         ) from error
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    """Whether an error in a save says that a file could not be written."""
+    if isinstance(error, SaveError | ConnectionError | TimeoutError | HfHubHTTPError):
+        return False
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    # torch.save reports a full disk by a plain RuntimeError of changing words: the place it comes from tells.
+    places = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return type(error) is RuntimeError and "torch.serialization" in places
 
 
 def first_line(error: BaseException) -> str:

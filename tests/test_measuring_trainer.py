@@ -139,7 +139,7 @@ def test_the_cards_examples_are_what_the_collator_makes(collated, name):
     pictures, titles, maps = _examples(trainer)
     low, high = images[rows].amin(dim=(1, 2, 3), keepdim=True), images[rows].amax(dim=(1, 2, 3), keepdim=True)
     torch.testing.assert_close(pictures, (images[rows] - low) / (high - low))
-    assert [title.split("\n")[0] for title in titles] == [f"LABEL_{label}" for label in labels[rows].tolist()]
+    assert [title[0] for title in titles] == [f"LABEL_{label}" for label in labels[rows].tolist()]
     with torch.enable_grad():
         expected = attribute(LogitsModel(trainer.model.eval()), images[rows], labels[rows], torch.arange(8))
     torch.testing.assert_close(maps, expected)

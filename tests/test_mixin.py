@@ -69,7 +69,7 @@ def test_both_parents_do_their_part(kind, method, quick_args, recorder):
         assert recorder.calls[0]["sample_idx"].tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("name", ["compute_loss", "create_model_card"])
+@pytest.mark.parametrize("name", ["compute_loss", "create_model_card", "push_to_hub"])
 def test_a_method_that_would_never_run_is_refused(name):
     """Catches a loss of the user's that SMOOT's replaces without a word."""
     theirs = type("Weighted", (TheirTrainer,), {name: lambda *_: None})

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from loopback_hub import USER
 from PIL import Image
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from smoot_hf import evaluate_faithfulness
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
@@ -160,6 +161,145 @@ def test_results_are_those_of_the_final_weights(quick_trainer):
     assert final_metrics(trainer)["score"] == 0.75
 
 
+def score_of(*scores):
+    """`compute_metrics` that gives these scores, one after the other."""
+    left = iter(scores)
+    return lambda _: {"score": next(left)}
+
+
+OF_THE_EVALUATION_SET = {
+    "the set itself": (lambda t: [t.evaluate()], 0.1),
+    "the set by hand": (lambda t: [t.evaluate(t.eval_dataset)], 0.1),
+    "the training set after it": (lambda t: [t.evaluate(), t.evaluate(t.train_dataset)], 0.1),
+    "the training set alone": (lambda t: [t.evaluate(t.train_dataset)], None),
+    "the training set under a prefix of its own": (
+        lambda t: [t.evaluate(), t.evaluate(t.train_dataset, metric_key_prefix="eval_train")], 0.1
+    ),
+    "others by name": (lambda t: [t.evaluate(), t.evaluate({"train": t.train_dataset, "more": TinyImages(4)})], 0.1),
+    "the set again": (lambda t: [t.evaluate(), t.evaluate(t.train_dataset), t.evaluate()], 0.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_EVALUATION_SET)
+def test_the_card_has_metrics_of_the_evaluation_set_alone(trained, tmp_path, name):
+    """Fault: training accuracy stated as "On the evaluation set", and in the Hub's leaderboards."""
+    evaluate, expected = OF_THE_EVALUATION_SET[name]
+    kwargs = {"eval_dataset": TinyImages(8), "compute_metrics": score_of(0.1, 0.2, 0.3, 0.4)}
+    trainer = trained("vit", trainer_kwargs=kwargs)
+    evaluate(trainer)
+    # As it is after a checkpoint.
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    trainer.state = type(trainer.state).load_from_json(str(tmp_path / "state.json"))
+    trainer.create_model_card(dataset="noise")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert {key: value for key, value in final_metrics(trainer).items() if key != "loss"} == (
+        {} if expected is None else {"score": expected}
+    )
+    assert [result.metric_value for result in card.data.eval_results or []] == ([] if expected is None else [expected])
+    assert ("On the evaluation set (8 images)" in card.text) == (expected is not None)
+
+
+def test_metrics_of_the_training_set_during_training_are_not_on_the_card(quick_trainer):
+    """Fault: a callback that evaluates the training set as well, by the same name, has the last word."""
+
+    class AlsoTrain(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **_):
+            if metrics["eval_score"] in (0.1, 0.3):
+                trainer.evaluate(trainer.train_dataset)
+
+    trainer = quick_trainer(
+        "vit", eval_strategy="steps", eval_steps=3,
+        trainer_kwargs={"eval_dataset": TinyImages(8), "compute_metrics": score_of(0.1, 0.9, 0.3, 0.9),
+                        "callbacks": [AlsoTrain()]},
+    )  # fmt: skip
+    trainer.train()
+    assert [entry["eval_score"] for entry in trainer.state.log_history if "eval_score" in entry] == [0.1, 0.9, 0.3, 0.9]
+    assert final_metrics(trainer)["score"] == 0.3
+
+
+def test_each_of_several_evaluation_sets_has_its_metrics(trained, tmp_path, monkeypatch):
+    """Fault: the metrics of the last set alone; a card that fails for want of one set."""
+    said = []
+    monkeypatch.setattr("smoot_hf.model_card.logger.warning", said.append)
+    sets = {"day": TinyImages(8), "night": TinyImages(4)}
+    trainer = trained("vit", trainer_kwargs={"eval_dataset": sets, "compute_metrics": score_of(0.1, 0.2)})
+    trainer.evaluate()
+    found = [evaluate_faithfulness(trainer.model, sets["day"], steps=2)]
+    trainer.create_model_card(dataset="noise", faithfulness=found)
+    metrics = final_metrics(trainer)
+    assert (metrics["day_score"], metrics["night_score"]) == (0.1, 0.2)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "On the evaluation sets, as the metrics report them:" in card.text
+    assert ("figures/curves.png" in card.text, "figures/saliency.png" in card.text) == (True, False)
+    assert said == ["the card has no saliency maps: eval_dataset holds several evaluation sets ('day', 'night')"]
+
+
+def test_without_an_evaluation_set_the_card_has_no_maps(trained, tmp_path, monkeypatch):
+    """Fault: `'NoneType' has no len()` after the training."""
+    said = []
+    monkeypatch.setattr("smoot_hf.model_card.logger.warning", said.append)
+    trainer = trained("vit")
+    trainer.create_model_card(
+        dataset="noise", faithfulness=[evaluate_faithfulness(trainer.model, TinyImages(8), steps=2)]
+    )
+    text = ModelCard.load(tmp_path / "run" / "README.md").text
+    assert ("figures/curves.png" in text, "figures/saliency.png" in text) == (True, False)
+    assert said == ["the card has no saliency maps: the trainer has no eval_dataset"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_images_of_any_number_of_channels_are_drawn(trained, tmp_path, channels):
+    """Fault: a card that fails on images that are neither grey nor in colour."""
+    config = ViTConfig(image_size=8, patch_size=4, num_channels=channels, hidden_size=16, num_hidden_layers=1,
+                       num_attention_heads=2, intermediate_size=16, num_labels=4)  # fmt: skip
+    test = TinyImages(8, channels=channels)
+    trainer = trained(ViTForImageClassification(config), TinyImages(channels=channels),
+                      trainer_kwargs={"eval_dataset": test})  # fmt: skip
+    trainer.create_model_card(dataset="noise", faithfulness=[evaluate_faithfulness(trainer.model, test, steps=2)])
+    assert (tmp_path / "run" / "figures" / "saliency.png").is_file()
+
+
+HEADS = ["no head at all", "---\n[a: b\n---\n", "---\n- a\n- b\n---\n", "---\na: 1", "---\nlibrary_name: [1\n---", ""]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_card_that_is_there_already_is_replaced_whatever_it_holds(quick_trainer, tmp_path, head):
+    """Fault: a README.md whose head is no YAML costs the new card."""
+    trainer = quick_trainer()
+    (tmp_path / "run" / "README.md").write_text(head)
+    trainer.create_model_card(dataset="noise")
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.library_name == "transformers"
+
+
+@pytest.mark.parametrize("name", ["$a$", "$\\frac{$", "_", "x" * 3000, "a\n# b", "<b>|`"])
+def test_class_names_that_are_markup_are_drawn(trained, tmp_path, name):
+    """Fault: a class name that is TeX, or as long as a page, ends the run at its card."""
+    trainer = trained("vit", trainer_kwargs={"eval_dataset": TinyImages(8)})
+    trainer.model.config.id2label = {i: f"{name}{i}" for i in range(4)}
+    found = [evaluate_faithfulness(trainer.model, trainer.eval_dataset, steps=2)]
+    trainer.create_model_card(dataset=name, dataset_tags=name, model_name=name, finetuned_from=name, faithfulness=found)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert (card.data.model_name, card.data.eval_results[0].dataset_name) == (name, name)
+    # What is no name of the Hub's would be refused there.
+    assert (card.data.base_model, card.data.datasets) == ((name, [name]) if name == "_" else (None, None))
+    assert (tmp_path / "run" / "figures" / "saliency.png").is_file()
+
+
+def test_what_the_model_or_the_data_raise_is_told_as_it_is(trained, monkeypatch):
+    """Fault: out of memory in the card's forward passes is told as a full disk, or as a login that is missing."""
+    trainer = trained("vit", trainer_kwargs={"eval_dataset": TinyImages(8)})
+    found = [evaluate_faithfulness(trainer.model, trainer.eval_dataset, steps=2)]
+    error = torch.OutOfMemoryError("CUDA out of memory")
+
+    def forward(*_, **__):
+        raise error
+
+    monkeypatch.setattr(trainer.model, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.create_model_card(dataset="noise", faithfulness=found)
+    assert caught.value is error
+
+
 def test_license_tags_and_origin_are_the_callers(run):
     """Fault: arguments of `Trainer.create_model_card` taken and forgotten."""
     _, _, card = run(card={"license": "mit", "tags": "digits", "finetuned_from": "someone/vit", "model_name": "Mine",
@@ -237,15 +377,18 @@ def test_a_saliency_grid_that_cannot_be_drawn_costs_the_grid_alone(trained, tmp_
     """Fault: a card, and the push behind it, that fails for want of a picture; numbers written after the figures."""
     said = []
     monkeypatch.setattr("smoot_hf.model_card.logger.warning", said.append)
-    sets = {"must hold 'pixel_values' and 'labels'": Unlabelled(8), "a dict of several": {"a": TinyImages(8)}}
+    sets = {
+        "must hold 'pixel_values' and 'labels'": Unlabelled(8),
+        "several evaluation sets ('a')": {"a": TinyImages(8)},
+    }
     trainer = trained("vit", trainer_kwargs={"eval_dataset": TinyImages(8)})
     found = evaluate_faithfulness(trainer.model, TinyImages(8), steps=4)
-    for reason, data in (sets | {"requires an eval_dataset": None}).items():
+    for reason, data in (sets | {"the trainer has no eval_dataset": None}).items():
         trainer.eval_dataset = data
         said.clear()
         trainer.create_model_card(dataset="noise", faithfulness=[found])
         assert len(said) == 1
-        assert said[0].startswith("the card has no saliency grid: ")
+        assert said[0].startswith("the card has no saliency maps: ")
         assert reason in said[0]
         text = (tmp_path / "run" / "README.md").read_text()
         assert "figures/curves.png" in text

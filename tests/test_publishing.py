@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,164 @@ def test_a_processor_that_is_not_the_evaluations_is_said_to_be_so(quick_trainer,
     assert [warning in line for line in said] == [True] * (warning is not None)
 
 
+# --- what is published, and what is not ----------------------------------------------------------------------------
+
+PRIVATE = {
+    "run.json": '{"dataset": "/home/somebody/patients"}', "runs/Nov01_somebodys-laptop/events.out.tfevents.1": "x",
+    "notes.txt": "x", "train.py": "x", "data.safetensors": "x", "all_results.json": "{}", "trainer_state.json": "{}",
+    "README.txt": "x", ".env": "TOKEN=x", "figures/private.png": "x", "wandb/model.safetensors": "x",
+    "config.json.bak": "x", "model.safetensors.tmp": "x", "mask_budget.safetensors": "x", "config.json~": "x",
+}  # fmt: skip
+CARD = {"README.md", "results.json", "figures/k_histogram.png", "figures/curves.png", "figures/saliency.png"}
+OF_THE_CNN = {"config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin",
+              "modeling_smoot_cnn.py", "grey_image_processor.py"}  # fmt: skip
+CHECKPOINT = {"mask_budget.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_only_what_belongs_to_the_model_is_published(hub, tmp_path, strategy):
+    """Fault: records with local paths, logs with the host's name, code and keys of the user's own, on a public page."""
+    model, processor, size = grey_cnn()
+    folder = tmp_path / "somebodys-secret-place" / "run"
+    for name, content in PRIVATE.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    args = SmootTrainingArguments(
+        str(folder), **QUICK | {"save_strategy": "steps", "save_steps": 3}, push_to_hub=True, hub_model_id="run",
+        hub_strategy=strategy, hub_always_push=True, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = SmootTrainer(
+        model=model, args=args, train_dataset=Uint8Images(1, size), eval_dataset=Uint8Images(1, size, length=5),
+        processing_class=processor, input_pipeline=InputPipeline.from_image_processor(processor),
+    )  # fmt: skip
+    trainer.train()
+    repository = hub.repository("models", f"{USER}/run")
+    places = {"checkpoint": ["last-checkpoint"], "all_checkpoints": ["checkpoint-3", "checkpoint-6"]}.get(strategy, [])
+    in_checkpoints = {f"{place}/{name}" for place in places for name in CHECKPOINT | OF_THE_CNN}
+    during = set() if strategy == "end" else OF_THE_CNN | in_checkpoints
+    assert set(repository.files()) == {".gitattributes"} | during
+    found = evaluate_faithfulness(trainer.model, trainer.eval_dataset, input_pipeline=trainer.input_pipeline, steps=2)
+    trainer.push_to_hub(dataset="noise", faithfulness=[found])
+    assert trainer.failed_pushes == {}
+    files = {name: hub.content(entry, repository) for name, entry in repository.files().items()}
+    assert set(files) == {".gitattributes"} | OF_THE_CNN | in_checkpoints | CARD
+    # Nor in what is published: the arguments and the state of training hold paths.
+    assert [name for name, content in files.items() if b"secret-place" in content] == []
+    assert args.output_dir == str(folder)
+    if places:
+        copy = snapshot_download(f"{USER}/run", local_dir=tmp_path / "copy", endpoint=ENDPOINT)
+        args.max_steps, args.push_to_hub = 8, False
+        trainer.train(resume_from_checkpoint=str(Path(copy) / places[-1]))
+        assert trainer.state.global_step == 8
+        assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [3, 6, 8]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_every_part_of_a_model_is_published(hub, tmp_path, quick_trainer):
+    """Fault: an allow-list without the shards of a large model, or without the adapters that PEFT keeps in folders."""
+    trainer = quick_trainer(hub_model_id="shards")
+    trainer.model.save_pretrained = partial(trainer.model.save_pretrained, max_shard_size="10KB")
+    trainer.push_to_hub()
+    files = set(hub.repository("models", f"{USER}/shards").files())
+    index = json.loads((tmp_path / "run" / "model.safetensors.index.json").read_text())
+    assert {"model.safetensors.index.json", *index["weight_map"].values()} <= files
+    assert len(set(index["weight_map"].values())) > 1
+
+    peft = pytest.importorskip("peft")
+    names = [name for name, module in build("vit").named_modules() if isinstance(module, torch.nn.Linear)]
+    model = peft.get_peft_model(build("vit"), peft.LoraConfig(r=2, target_modules=names[:2]))
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=names[:2]))
+    trainer = quick_trainer(model, hub_model_id="adapters", output_dir=str(tmp_path / "adapters"))
+    trainer.push_to_hub(dataset="noise")
+    files = set(hub.repository("models", f"{USER}/adapters").files())
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "second/adapter_model.safetensors",
+            "second/adapter_config.json"} <= files  # fmt: skip
+
+
+# --- a card that fails ---------------------------------------------------------------------------------------------
+
+
+def raising(error):
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("no such head"), torch.OutOfMemoryError("CUDA out of memory"), OSError("No space left"), KeyError("x")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_card_that_cannot_be_written_costs_the_card_alone(hub, quick_trainer, tmp_path, monkeypatch, error):
+    """Fault: "log in with hf auth login" for a card that fails, and no model on the Hub after a whole training."""
+    said = []
+    monkeypatch.setattr("smoot_hf.hub_trainer.logger.warning", said.append)
+    trainer = quick_trainer(hub_model_id="run")
+    # Of an earlier run, and none that the Hub would take.
+    (tmp_path / "run" / "README.md").write_text("---\n[a: b\n---\n")
+    monkeypatch.setattr("smoot_hf.model_card.card_text", raising(error))
+    trainer.push_to_hub(dataset="noise")
+    files = hub.repository("models", f"{USER}/run").files()
+    assert "model.safetensors" in files
+    assert not CARD & files.keys()
+    assert len(said) == 1
+    assert re.search(
+        f"without a card, which could not be written \\({type(error).__name__}: .*{error.args[0]}", said[0]
+    )
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_card_that_the_hub_refuses_costs_the_card_alone(hub, quick_trainer, monkeypatch, blocking):
+    """Fault: a licence that the Hub does not know keeps the model from being published."""
+    said = []
+    monkeypatch.setattr("smoot_hf.published_files.logger.warning", said.append)
+    hub.fail("POST", "/api/validate-yaml", 400)
+    pushed = quick_trainer(hub_model_id="run").push_to_hub(dataset="noise", license="mine", blocking=blocking)
+    if not blocking:
+        pushed.result(timeout=60)
+    files = hub.repository("models", f"{USER}/run").files()
+    assert "model.safetensors" in files
+    assert not CARD & files.keys()
+    assert len(said) == 1
+    assert "without its card, which the Hub does not take: Invalid metadata in README.md." in said[0]
+
+
+def test_a_wrong_keyword_is_refused_before_anything_is_done(hub, quick_trainer, tmp_path):
+    """Fault: a typing error told as a login that is missing, after the model was uploaded or before it was saved."""
+    trainer = quick_trainer(hub_model_id="run")
+    with pytest.raises(TypeError, match="take no 'licence', 'faithfullness': the card takes language, license, tags"):
+        trainer.push_to_hub(licence="mit", faithfullness=[])
+    assert hub.repositories == {}
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_errors_of_other_code_are_not_the_hubs(hub, quick_trainer):
+    """Fault: what a callback raises in a push is told as a login that is missing."""
+
+    class Broken(TrainerCallback):
+        def on_push_begin(self, *_, **__):
+            raise LookupError("of the callback")
+
+    trainer = quick_trainer(hub_model_id="run", trainer_kwargs={"callbacks": [Broken()]})
+    with pytest.raises(LookupError, match="of the callback"):
+        trainer.push_to_hub()
+
+
+def test_a_push_without_an_evaluation_set_or_with_several_arrives(hub, quick_trainer, tmp_path):
+    """Fault: the example images of the card cost the push."""
+    found = []
+    for name, dataset in {"none": None, "several": {"a": TinyImages(4), "b": TinyImages(4)}}.items():
+        trainer = quick_trainer(
+            hub_model_id=name, output_dir=str(tmp_path / name), trainer_kwargs={"eval_dataset": dataset}
+        )
+        found = found or [evaluate_faithfulness(trainer.model, TinyImages(4), steps=2)]
+        trainer.push_to_hub(dataset="noise", faithfulness=found)
+        files = hub.repository("models", f"{USER}/{name}").files()
+        assert {"model.safetensors", "README.md", "figures/curves.png"} <= files.keys()
+        assert "figures/saliency.png" not in files
+
+
 class StopAt(TrainerCallback):
     """A machine that goes away after a checkpoint."""
 
@@ -281,6 +440,17 @@ def digits(hub, monkeypatch, tmp_path):
         return importlib.import_module("train").main(importlib.import_module("train_digits").DEFAULTS, [*argv, *flags])
 
     return run
+
+
+def test_a_measurement_that_fails_costs_the_card_its_numbers_alone(hub, digits, monkeypatch):
+    """Fault: a trained model that is not pushed, for the measurement of its card did not fit into memory."""
+    monkeypatch.setattr("publish.evaluate_faithfulness", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    said = []
+    monkeypatch.setattr("publish.logger.warning", said.append)
+    digits()
+    files = hub.repository("models", f"{USER}/run").files()
+    assert {"model.safetensors", "README.md"} <= files.keys()
+    assert said == ["the card has no faithfulness, which could not be measured: CUDA out of memory"]
 
 
 def test_a_recipe_ends_with_its_push(hub, digits):
