@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         runs = read_runs(options.runs) if options.runs else known_runs(plans)
         check_comparable(runs, train_images, recipe.dataset)
         for run in runs:
+            # Read once more after training, but before it nothing is lost.
+            BudgetHistory.load(run.folder)
             if run.record.is_finished:
                 load_checkpoint(str(run.folder), test, "cpu")
         runs = runs if options.runs else train_missing(plans)
