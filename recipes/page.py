@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from checkpoints import Checkpoint
 from explanation import STEPS, Explanation, draw_fall, enlarged, explain, read_pixels, saliency_picture
 from figures import style
 from PIL import Image
 
+from smoot_hf.data import DecodedImages
+
+_PER_CLASS, _MOST_EXAMPLES = 2, 20
 FILLS = ("corner", "mean")
 # Of an uploaded file; a photograph has a tenth of it.
 _MOST_UPLOADED = "20mb"
@@ -35,6 +39,14 @@ class Example(NamedTuple):
 
     pixels: torch.Tensor
     label: str
+
+
+def choose_examples(test: DecodedImages) -> list[Example]:
+    """The first two test images of every class, and at most twenty."""
+    labels = range(len(test.label_names))
+    by_class = [np.flatnonzero(test.labels == label)[:_PER_CLASS] for label in labels]
+    rows = [int(row) for found in by_class for row in found][:_MOST_EXAMPLES]
+    return [Example(test[row]["pixel_values"], test.label_names[test[row]["labels"]]) for row in rows]
 
 
 class ExampleFiles:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from command_line import RecipeArguments
+from flags import METHODS, RecipeArguments
 
 from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
 from smoot_hf.budget_file import MASK_BUDGET_NAME
@@ -18,7 +18,6 @@ from smoot_hf.training_args import changed_arguments
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 RECORD_NAME = "run.json"
-METHODS = ("standard", "sgt", "smoot")
 
 # What is looked at after training.
 _NO_SETTINGS = ("max_eval_samples", "card_samples")

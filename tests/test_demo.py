@@ -64,7 +64,7 @@ def test_images(recipe, comparison):
 
 @pytest.fixture(scope="module")
 def checkpoints(recipe, comparison, test_images):
-    names = recipe("demo").named_checkpoints([str(comparison)])
+    names = recipe("checkpoints").named_checkpoints([str(comparison)])
     return {name: recipe("checkpoints").load_checkpoint(path, test_images, "cpu") for name, path in names.items()}
 
 
@@ -163,7 +163,7 @@ def test_the_curve_has_its_point_where_the_slider_is(recipe, checkpoints, test_i
 
 def test_checkpoints_are_called_by_their_method(recipe, comparison):
     """Fault: maps under the name of another model; a comparison's runs in the order of a folder listing."""
-    named = recipe("demo").named_checkpoints
+    named = recipe("checkpoints").named_checkpoints
     runs = [str(comparison / "runs" / name) for name in ("standard-seed0", "smoot-seed0")]
     assert named([str(comparison)]) == {"standard": runs[0], "smoot": runs[1]} == named(runs)
     assert list(named([str(comparison)])) == ["standard", "smoot"]
@@ -176,8 +176,8 @@ def test_a_folder_named_by_dots_is_called_by_its_own_name(recipe, comparison, tm
     """Fault: models called "" or "..", which tells nobody anything."""
     (tmp_path / "a-model" / "inside").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a-model")
-    assert list(recipe("demo").named_checkpoints(["."])) == ["a-model"]
-    assert list(recipe("demo").named_checkpoints(["inside/.."])) == ["a-model"]
+    assert list(recipe("checkpoints").named_checkpoints(["."])) == ["a-model"]
+    assert list(recipe("checkpoints").named_checkpoints(["inside/.."])) == ["a-model"]
 
 
 def bomb(path, side):
@@ -239,7 +239,7 @@ def test_what_cannot_be_shown_is_one_clear_error(recipe, comparison, capsys):
 def address(recipe, checkpoints, test_images):
     """The page, served on the loopback address."""
     pytest.importorskip("gradio", reason="the page needs gradio: pip install 'smoot-hf[demo]'")
-    page = recipe("page").make_page(checkpoints, recipe("demo").choose_examples(test_images))
+    page = recipe("page").make_page(checkpoints, recipe("page").choose_examples(test_images))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **recipe("page").launch_settings())
     yield url
     page.close(verbose=False)
@@ -296,7 +296,7 @@ def test_requests_leave_no_files_but_the_uploads_which_are_deleted(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(module, "_OLD", 1)
     monkeypatch.setattr(module, "_EVERY", 1)
-    page = module.make_page(checkpoints, recipe("demo").choose_examples(test_images))
+    page = module.make_page(checkpoints, recipe("page").choose_examples(test_images))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **module.launch_settings())
 
     def files():
@@ -355,7 +355,7 @@ def test_a_space_holds_models_examples_and_code(
     recipe("space").read_page(space)
     models, examples = read[0]
     assert list(models) == list(checkpoints)
-    expected = recipe("demo").choose_examples(test_images)
+    expected = recipe("page").choose_examples(test_images)
     assert [label for _, label in examples] == [label for _, label in expected]
     explain = recipe("explanation").explain
     for (pixels, _), (theirs, _) in zip(examples, expected, strict=True):
@@ -431,7 +431,7 @@ def test_any_name_of_a_model_stays_inside_the_space(recipe, comparison, test_ima
     pytest.importorskip("gradio", reason="a Space names the version of gradio")
     run = str(comparison / "runs" / "smoot-seed0")
     names = ["../../outside", "a\n# b", "<img src=x>", "[c](http://d)", "*e* `f` $g$ {h}", "ü"]
-    examples = recipe("demo").choose_examples(test_images)[:1]
+    examples = recipe("page").choose_examples(test_images)[:1]
     recipe("space").write_space(tmp_path / "space", dict.fromkeys(names, run), examples)
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
     assert sorted(path.name for path in (tmp_path / "space/checkpoints").iterdir()) == [f"0{i}" for i in range(6)]
@@ -506,7 +506,7 @@ def browser():
 def test_a_person_can_choose_drop_and_remove(recipe, checkpoints, test_images, address, browser, tmp_path):
     """Fault: events that are not wired, a page that needs the network, a column that stays empty."""
     explanation, texts = recipe("explanation"), recipe("page")
-    examples = recipe("demo").choose_examples(test_images)
+    examples = recipe("page").choose_examples(test_images)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     asked = []
     page.on("request", lambda request: asked.append(request.url))
