@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from run_record import write_whole
+from run_record import is_number, is_whole, read_json, write_whole
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smoot_hf import SmootTrainer
@@ -57,9 +57,32 @@ class BudgetHistory:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self | None:
-        """Read `k_history.json`; `None` where there is none."""
+        """Read `k_history.json`; `None` where there is none.
+
+        Raises:
+            ValueError: it is not what `save` writes; the message names the file and what is wrong.
+        """
         path = Path(folder) / HISTORY_NAME
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        names = {"pixels", "k_min", "epochs", "counts"}
+        if not isinstance(content, dict) or content.keys() != names:
+            raise ValueError(f"{path} must hold an object of {', '.join(sorted(names))}")
+        pixels, k_min, epochs, counts = (content[name] for name in ("pixels", "k_min", "epochs", "counts"))
+        if not (is_whole(pixels) and is_whole(k_min, pixels)):
+            raise ValueError(f"{path}: k_min and pixels must be whole numbers, 0 <= k_min <= pixels")
+        if not (isinstance(epochs, list) and all(map(is_number, epochs)) and sorted(set(epochs)) == epochs):
+            raise ValueError(f"{path}: epochs must be rising numbers from 0")
+        if not (isinstance(counts, list) and len(counts) == len(epochs) and all(map(_is_histogram, counts))):
+            raise ValueError(f"{path}: counts must be one list of whole numbers, not all zero, for each of the epochs")
+        if any(len(one) != len(counts[0]) or k_min + len(one) > pixels + 1 for one in counts):
+            raise ValueError(f"{path}: counts must be lists of one length, for numbers from k_min to at most pixels")
+        return cls(pixels, k_min, epochs, counts)
+
+
+def _is_histogram(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_whole, value)) and any(value)
 
 
 class RecordBudget(TrainerCallback):

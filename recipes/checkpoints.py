@@ -1,10 +1,11 @@
 """Trained checkpoints, loaded for evaluation: model, input pipeline and K, and whether a data set fits them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from command_line import RecipeArguments
+from flags import METHODS, RecipeArguments
 from run_record import RECORD_NAME, RunRecord
 from train import decode, limit, load_splits
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -87,7 +88,8 @@ def recorded_images(run: Path, split: str, dataset: str | None = None) -> Decode
     if dataset is None:
         raise ValueError(f"{run} has no {RECORD_NAME} that says what it was trained on: give --dataset")
     recorded = RecipeArguments(**{name: settings[name] for name in vars(RecipeArguments()) if name in settings})
-    splits = limit(load_splits(recorded, dataset), {"train": recorded.max_train_samples})
+    # Of the training images one says the size of all; the others are decoded only where they are asked for.
+    splits = limit(load_splits(recorded, dataset), {"train": 1 if split == "test" else recorded.max_train_samples})
     return DecodedImages(decode(splits, recorded)[split])
 
 
@@ -128,3 +130,47 @@ def load_budget(folder: Path, train: DecodedImages) -> MaskBudget:
         height, width = budget.image_size
         raise ValueError(f"{folder} was trained on {budget.num_samples} other images, of {height}x{width} pixels")
     return budget
+
+
+def named_checkpoints(paths: Sequence[str]) -> dict[str, str]:
+    """Checkpoints by the method that trained them, or by the folder's name where that would not tell them apart.
+
+    Methods are those of `METHODS`, whatever a run's record says: the record is checked when it is read.
+
+    Raises:
+        ValueError: two of one name, or a comparison without runs.
+    """
+    folders = [folder for path in paths for folder in _runs_of(path)]
+    methods = [_method(folder) for folder in folders]
+    names = [
+        method if method is not None and methods.count(method) == 1 else _own_name(folder)
+        for folder, method in zip(folders, methods, strict=True)
+    ]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two of the checkpoints are called {twice!r}: rename a folder")
+    return dict(zip(names, folders, strict=True))
+
+
+def _runs_of(path: str) -> list[str]:
+    """A checkpoint as it is; of a comparison the methods' runs of the lowest seed."""
+    runs = Path(path) / "runs"
+    if not runs.is_dir() or (Path(path) / "config.json").is_file():
+        return [path]
+    found = [(RunRecord.load(folder), folder) for folder in sorted(runs.iterdir()) if (folder / RECORD_NAME).is_file()]
+    finished = [(record, folder) for record, folder in found if record.is_finished]
+    if not finished:
+        raise ValueError(f"{path} holds no finished run: run recipes/compare_methods.py")
+    first = min(record.seed for record, _ in finished)
+    chosen = {record.method: str(folder) for record, folder in finished if record.seed == first}
+    return [chosen[method] for method in METHODS if method in chosen]
+
+
+def _own_name(path: str) -> str:
+    """Of a folder, also where it is given as "." or "..", or the last part of a Hub id."""
+    return (Path(path).resolve() if Path(path).is_dir() else Path(path)).name
+
+
+def _method(folder: str) -> str | None:
+    is_run = (Path(folder) / RECORD_NAME).is_file()
+    return RunRecord.load(Path(folder)).method if is_run else None

@@ -22,8 +22,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from checkpoints import load_budget, recorded_images
-from command_line import OneLineParser
 from figures import DPI, STYLE, WIDTH
+from flags import OneLineParser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
@@ -51,7 +51,7 @@ class ClassBudget(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Read K and images, draw, print K by class; what a user can get wrong ends with one line and exit code 2."""
-    parser = OneLineParser((), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="Folder of a training run, or of one of its checkpoints.")
     parser.add_argument("--dataset", help="What it was trained on (default: what the run's record says).")
     parser.add_argument("--count", type=int, default=4, help="Lowest and highest images of a class (default 4 each).")

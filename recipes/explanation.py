@@ -6,6 +6,7 @@ Ranking, fill and removal are those of `evaluate_faithfulness`; nothing here kno
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ STEPS = 20
 # A dropped image has no label: each model is asked about the class that it predicts itself.
 CONVENTION = Convention(target="predicted", measure="probability", fractions=even_fractions(STEPS))
 
+# Of an image that is decoded for the page: more than a camera's, and 150 MB in memory.
+MOST_PIXELS = 50_000_000
+# Not all that Pillow can open: some of its readers start other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MODES = {1: "L", 3: "RGB"}
 _SHALLOW = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
@@ -82,6 +87,36 @@ def explain(checkpoint: Checkpoint, pixels: Tensor, fill: Fill = "corner") -> Ex
         classes=outputs[0].argmax(dim=1).where(has_prediction(outputs[0]), -1).cpu(),
         pictures=pictures.cpu().numpy(),
     )
+
+
+def read_pixels(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
+    """An image file of anybody's as the models know images, see `as_pixels`; its size is looked at before its pixels.
+
+    Args:
+        path: of the file.
+        shape: (C, H, W) of the models' images.
+
+    Raises:
+        ValueError: no image of a known format, one that is damaged, of more than 50 million pixels, or of more than 8
+            bits per channel.
+    """
+    try:
+        # The file's own header says the size; a few bytes can stand for any number of equal pixels.
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(
+                    f"the image has {image.width}x{image.height} pixels, at most {MOST_PIXELS // 10**6} million are "
+                    "taken: make it smaller first"
+                )
+            return as_pixels(image, shape)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"the image has more pixels than the {MOST_PIXELS // 10**6} million that are taken: make it smaller first"
+        ) from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"the file is no image of a known format: {', '.join(_FORMATS)}") from error
+    except (OSError, SyntaxError) as error:  # what Pillow's decoders raise of damaged files
+        raise ValueError(f"the image cannot be decoded: {error}") from error
 
 
 def as_pixels(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:

@@ -1,6 +1,7 @@
 """Figures of faithfulness: curves, saliency grids, K over epochs, images of class I and II. Readable at 900 pixels."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from smoot_hf.evaluation import Curve
 from smoot_hf.image_classes import ImageClasses
 from smoot_hf.markup import figure_text
 from smoot_hf.results import Measurement
+
+logger = logging.getLogger(__name__)
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; the markers say it once more.
 STYLE = {"standard": ("#0072B2", "o"), "sgt": ("#E69F00", "s"), "smoot": ("#009E73", "^")}
@@ -145,7 +148,9 @@ def draw_saliency_grid(
         path: of the figure.
     """
     count = len(images)
-    figure, grid = plt.subplots(1 + len(maps), count, figsize=(WIDTH, WIDTH / (count + 1.6) * (1 + len(maps)) + 0.5))
+    size = (WIDTH, WIDTH / (count + 1.6) * (1 + len(maps)) + 0.5)
+    # Not squeezed: a data set may have a single class.
+    figure, grid = plt.subplots(1 + len(maps), count, figsize=size, squeeze=False)
     for column in range(count):
         grid[0, column].imshow(images[column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         grid[0, column].set_title(figure_text(labels[column], _LONGEST_LINE), fontsize=10)
@@ -203,8 +208,14 @@ class Example(NamedTuple):
 
 
 def draw_image_classes(found: ImageClasses, examples: Mapping[str, Example], path: Path) -> None:
-    """The label's probability of an example image of each class while it is masked (the paper's Figure 1)."""
-    figure, grid = plt.subplots(1, max(1, len(examples)), figsize=(WIDTH, 4.2), sharey=True, squeeze=False)
+    """The label's probability of an example image of each class while it is masked (the paper's Figure 1).
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not examples:
+        raise ValueError("there is no example, neither a right image of class I nor an image of class II")
+    figure, grid = plt.subplots(1, len(examples), figsize=(WIDTH, 4.2), sharey=True, squeeze=False)
     for axes, (name, example) in zip(grid.flat, examples.items(), strict=True):
         x, y = 100 * found.fractions, found.probability[example.row]
         is_correct = found.is_correct[example.row]
@@ -229,6 +240,26 @@ def draw_image_classes(found: ImageClasses, examples: Mapping[str, Example], pat
         inset.set(xticks=[], yticks=[])
     figure.suptitle(short(found.convention).replace("\n", "; "), fontsize=8.5)
     _save(figure, path)
+
+
+def try_to_draw(draw: Callable[[Path], None], path: Path) -> bool:
+    """Draw a figure into a file; one that cannot be drawn is a warning, for the numbers are written without it.
+
+    Args:
+        draw: gets the path.
+        path: of the file; one of an earlier call is removed, so that it does not stand beside other numbers.
+
+    Returns:
+        Whether it was drawn.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        draw(path)
+    except Exception as error:  # matplotlib raises whatever it meets
+        plt.close("all")
+        logger.warning("%s is not drawn: %s", path, str(error) or type(error).__name__)
+        return False
+    return True
 
 
 def _save(figure: Figure, path: Path, tight: bool = True) -> None:

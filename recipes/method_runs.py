@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import RecipeArguments, make_parser, parse
-from run_record import METHODS, RECORD_NAME, RunRecord, difference, settings_of
+from command_line import make_parser, parse
+from flags import METHODS, RecipeArguments
+from run_record import RECORD_NAME, RunRecord, difference, settings_of
 from train import make_trainer, prepare, train
 
 from smoot_hf import SmootTrainingArguments

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from command_line import RecipeArguments
+from flags import RecipeArguments
 from torch.utils.data import Subset
 from transformers.utils import logging
 

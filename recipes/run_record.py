@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 import re
+import reprlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from command_line import RecipeArguments
+from flags import METHODS, RecipeArguments
 
 from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
 from smoot_hf.budget_file import MASK_BUDGET_NAME
@@ -15,10 +18,15 @@ from smoot_hf.training_args import changed_arguments
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 RECORD_NAME = "run.json"
-METHODS = ("standard", "sgt", "smoot")
 
 # What is looked at after training.
 _NO_SETTINGS = ("max_eval_samples", "card_samples")
+# NumPy takes no other seeds.
+_SEEDS = 2**32
+# Above every number of pixels and of seconds that a run can have.
+_LARGEST = 2**53
+# Of nested values in a run's files, which have three.
+_LEVELS = 10
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,14 @@ class RunRecord:
         """Read the record, or make one from the folder's name and its last checkpoint.
 
         Raises:
-            ValueError: no run, or one whose method and seed cannot be told.
+            ValueError: no run, one whose method and seed cannot be told, or a `run.json` that is not what this package
+                writes; the message names the file, the entry and its value.
         """
         path = folder / RECORD_NAME
-        try:
-            if path.is_file():
-                return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        if path.is_file():
+            content = read_json(path)
+            check_record(content, path)
+            return cls(**content)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no finished run: no {RECORD_NAME}, no config.json")
         method, seed = re.search(r"standard|sgt|smoot", folder.name), re.search(r"seed[-_]?(\d+)", folder.name)
@@ -100,6 +108,111 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that this package has written, or somebody else.
+
+    Raises:
+        ValueError: it is no JSON, or JSON that this package never writes: NaN or infinity, numbers of thousands of
+            digits, or values nested more than ten deep.
+    """
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is not a finite number")
+        return value
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    level = [content]
+    for _ in range(_LEVELS):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise ValueError(f"{path} cannot be read: its values are nested more than {_LEVELS} deep")
+    return content
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def check_record(content: Any, path: Path) -> None:
+    """Refuse what `RunRecord.save` never wrote: names are used for folders and labels, numbers for tables.
+
+    Args:
+        content: of `run.json`.
+        path: of the file, for the message.
+
+    Raises:
+        ValueError: naming the file, the entry and its value.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got {reprlib.repr(content)}")
+    names = {field.name for field in dataclasses.fields(RunRecord)}
+    unknown = next((name for name in content if name not in names), None)
+    if unknown is not None:
+        raise ValueError(f"{path} has an unknown entry {reprlib.repr(unknown)}, known are {', '.join(sorted(names))}")
+    for name, (is_right, expected) in _ENTRIES.items():
+        if name in content and not is_right(content[name]):
+            raise ValueError(f"{path}: {name} must be {expected}, got {reprlib.repr(content[name])}")
+    missing = next((name for name in ("method", "seed") if name not in content), None)
+    if missing is not None:
+        raise ValueError(f"{path} has no entry {missing!r}")
+    for name, hint in get_type_hints(RecipeArguments).items():
+        settings = content.get("settings") or {}
+        if name in settings and not _is_of_type(settings[name], hint):
+            raise ValueError(f"{path}: settings.{name} must be {_words(hint)}, got {reprlib.repr(settings[name])}")
+
+
+def is_number(value: Any, largest: float = _LARGEST) -> bool:
+    """A number from 0 to `largest`; to Python, True is a number as well."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= largest
+
+
+def is_whole(value: Any, largest: float = _LARGEST) -> bool:
+    """A whole number from 0 to `largest`."""
+    return isinstance(value, int) and is_number(value, largest)
+
+
+def _is_budget(value: Any) -> bool:
+    names = ("k_min", "k_median", "k_max")
+    if not isinstance(value, dict) or value.keys() != set(names) or not all(map(is_number, value.values())):
+        return False
+    return value["k_min"] <= value["k_median"] <= value["k_max"]
+
+
+# Entry of `run.json` -> whether a value is right, and what would be.
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "method": (lambda value: value in METHODS, f"one of {', '.join(METHODS)}"),
+    "seed": (lambda value: is_whole(value, _SEEDS - 1), f"a whole number from 0 to {_SEEDS - 1}"),
+    "settings": (lambda value: value is None or isinstance(value, dict), "an object or null"),
+    "dataset_fingerprint": (lambda value: value is None or isinstance(value, str), "text or null"),
+    "k": (
+        lambda value: value is None or _is_budget(value),
+        "null or an object of the numbers k_min <= k_median <= k_max from 0",
+    ),
+    "train_seconds": (lambda value: value is None or is_number(value), "null or a number from 0"),
+    "is_finished": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type of one of the fields of `RecipeArguments`."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    # To Python, True is a whole number.
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return " or ".join({str: "text", int: "a whole number", bool: "true or false"}.get(kind, "null")
+                       for kind in (get_args(hint) or (hint,)))  # fmt: skip
 
 
 def settings_of(args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, Any]:

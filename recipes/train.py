@@ -13,6 +13,13 @@ which the last is kept; nothing is reported to a tracker unless --report_to says
 """
 
 import sys
+
+from flags import check_flags
+
+if __name__ == "__main__":
+    # Before the imports below, which take ten seconds.
+    check_flags({}, __doc__)
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -19,7 +19,7 @@ Settings that differ from the library's defaults, and why:
   saliency_score             log_prob: the published CNN ends in a log-softmax, whose gradient it takes.
 """
 
-from train import main
+from flags import check_flags
 
 DEFAULTS = {
     "dataset": "digits",
@@ -35,4 +35,8 @@ DEFAULTS = {
 }
 
 if __name__ == "__main__":
+    check_flags(DEFAULTS, __doc__)
+    # Only now, since it takes ten seconds.
+    from train import main
+
     main(DEFAULTS)

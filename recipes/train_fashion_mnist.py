@@ -9,10 +9,14 @@ The settings are those of train_mnist.py, and their reasons stand there. The dat
 of the Hub; --dataset takes a local directory of the same Parquet files.
 """
 
-from train import main
+from flags import check_flags
 from train_mnist import DEFAULTS as MNIST
 
 DEFAULTS = MNIST | {"dataset": "zalando-datasets/fashion_mnist"}
 
 if __name__ == "__main__":
+    check_flags(DEFAULTS, __doc__)
+    # Only now, since it takes ten seconds.
+    from train import main
+
     main(DEFAULTS)

@@ -21,7 +21,7 @@ Signed ranking of the gradient, step_size 10 pixels, kl_weight 1 and mask_ratio 
 The data are "ylecun/mnist" of the Hub; --dataset takes a local directory of the same Parquet files.
 """
 
-from train import main
+from flags import check_flags
 
 DEFAULTS = {
     "dataset": "ylecun/mnist",
@@ -37,4 +37,8 @@ DEFAULTS = {
 }
 
 if __name__ == "__main__":
+    check_flags(DEFAULTS, __doc__)
+    # Only now, since it takes ten seconds.
+    from train import main
+
     main(DEFAULTS)

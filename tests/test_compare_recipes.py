@@ -2,15 +2,26 @@
 
 import importlib
 import json
+import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from smoot_hf import Convention
+from smoot_hf.attributions import Method
+from smoot_hf.convention import PRESETS
+from smoot_hf.functional.removal import Fill
 from smoot_hf.image_classes import ImageClasses
 from smoot_hf.results import load_results
 
@@ -289,13 +300,21 @@ def test_the_example_of_class_two_is_one(recipe):
         def __getitem__(self, row):
             return {"pixel_values": torch.zeros(1, 2, 2), "labels": row}
 
-    shown = recipe("evaluate_faithfulness").examples(found, Images())
+    shown = recipe("checkpoint_evaluation").examples(found, Images())
     assert [(name, example.row) for name, example in shown.items()] == [("Class II", 1)]
+
+
+def test_choices_are_those_of_the_library(recipe):
+    """Fault: an attribution or a fill that the library has and the command refuses, or the other way round."""
+    module = recipe("evaluate_faithfulness")
+    assert tuple(PRESETS) == module.CONVENTIONS
+    assert get_args(Method) == module.ATTRIBUTIONS
+    assert get_args(Fill) == module.FILLS
 
 
 def test_bf16_reaches_every_measurement(here, recipe, monkeypatch):
     """Fault: a flag that curves, image classes or the check with random weights do not see."""
-    module, seen = recipe("evaluate_faithfulness"), {}
+    module, seen = recipe("checkpoint_evaluation"), {}
 
     def watched(name):
         measure = getattr(module, name)
@@ -312,11 +331,223 @@ def test_bf16_reaches_every_measurement(here, recipe, monkeypatch):
     for name in ("evaluate_faithfulness", "find_image_classes", "randomized_weights_correlation"):
         monkeypatch.setattr(module, name, watched(name))
     argv = ["out/runs/sgt-seed0", "--dataset", "digits", "--max_eval_samples", "20", "--steps", "2", "--bf16"]
-    module.main([*argv, "--output", "half", "--device", "cpu"])
+    recipe("evaluate_faithfulness").main([*argv, "--output", "half", "--device", "cpu"])
     assert load_results("half/results.json").settings["bf16"] is True
     assert len(seen) == 3
     for dtypes in seen.values():
         assert dtypes == {torch.bfloat16}
+
+
+EVALUATE = ["--dataset", "digits", "--max_eval_samples", "20", "--steps", "2", "--device", "cpu"]
+MEASURING = ("evaluate_faithfulness", "find_image_classes", "randomized_weights_correlation")
+
+
+@pytest.fixture
+def measured(recipe, monkeypatch):
+    """The names of the functions that measured something, in order; `fail_at` ends the process at one of them."""
+    module = recipe("checkpoint_evaluation")
+    # Figures take longer than these measurements.
+    monkeypatch.setattr(module, "try_to_draw", lambda *_: False)
+
+    class Calls(list):
+        fail_at = None
+
+    calls = Calls()
+
+    def watch(name, measure):
+        def watched(*args, **options):
+            calls.append(name)
+            if len(calls) == calls.fail_at:
+                raise KeyboardInterrupt
+            return measure(*args, **options)
+
+        return watched
+
+    for name in MEASURING:
+        monkeypatch.setattr(module, name, watch(name, getattr(module, name)))
+    return calls
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(here, recipe, measured, tmp_path, stop, capsys):
+    """Fault: ten minutes of measuring lost, or a resumed evaluation with other numbers than an undisturbed one."""
+    main, argv = recipe("evaluate_faithfulness").main, ["out/runs/sgt-seed0", *EVALUATE]
+    argv += ["--attribution", "gradient", "smooth_grad", "--output"]
+    measured.fail_at = stop
+    with pytest.raises(KeyboardInterrupt):
+        main([*argv, str(tmp_path / "stopped")])
+    assert len(list((tmp_path / "stopped/measurements").iterdir())) == stop - 1
+    measured.clear()
+    measured.fail_at = None
+    main([*argv, str(tmp_path / "stopped")])
+    assert len(measured) == 9 - (stop - 1)
+    assert capsys.readouterr().out.count("measured before") == stop - 1
+    if stop > 1:
+        main([*argv, str(tmp_path / "whole")])
+        resumed, whole = (load_results(tmp_path / name / "results.json") for name in ("stopped", "whole"))
+        assert [row.to_dict() for row in resumed.rows] == [row.to_dict() for row in whole.rows]
+        assert (tmp_path / "stopped/table.md").read_text() == (tmp_path / "whole/table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_whole_measurements(here, recipe, tmp_path):
+    """Fault: a part of a file, taken for a measurement."""
+    command = [
+        sys.executable,
+        str(FOLDER / "evaluate_faithfulness.py"),
+        "out/runs/sgt-seed0",
+        "--output",
+        str(tmp_path),
+    ]
+    slow = ["--attribution", "gradient", "integrated_gradients", "--dataset", "digits", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "HF_DATASETS_CACHE": str(here / "cache")}
+    process = subprocess.Popen([*command, *slow], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, until = tmp_path / "measurements", time.monotonic() + 120
+    while not list(folder.glob("*.pt")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    found = list(folder.glob("*.pt"))
+    assert found
+    for path in found:
+        with torch.serialization.safe_globals(recipe("saved_measurements")._CLASSES):
+            assert {"identity", "measured"} == torch.load(path, weights_only=True).keys()
+
+
+def other_weights(folder):
+    shutil.copytree("out/runs/sgt-seed0", folder / "model")
+    weights = load_file(folder / "model/model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, folder / "model/model.safetensors", metadata={"format": "pt"})
+    return [str(folder / "model"), *EVALUATE]
+
+
+def other_processor(folder):
+    shutil.copytree("out/runs/sgt-seed0", folder / "model")
+    path = folder / "model/preprocessor_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "image_mean": [value + 0.1 for value in content["image_mean"]]}))
+    return [str(folder / "model"), *EVALUATE]
+
+
+OTHERS = {
+    "weights": other_weights,
+    "processor": other_processor,
+    "images": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--max_eval_samples", "21"],
+    "steps": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--steps", "3"],
+    "convention": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--convention", "paper"],
+    "seed": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--seed", "1"],
+    "precision": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--bf16"],
+    "version": lambda _: ["out/runs/sgt-seed0", *EVALUATE],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_measurements_of_anything_else_are_not_taken_for_these(here, recipe, measured, tmp_path, monkeypatch, other):
+    """Fault: numbers of another model, data set or convention in the table, since their files lie in the folder."""
+    main = recipe("evaluate_faithfulness").main
+    main(["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path / "one")])
+    assert measured == ["find_image_classes", *["evaluate_faithfulness"] * 2, "find_image_classes", MEASURING[2]]
+    measured.clear()
+    argv = OTHERS[other](tmp_path)
+    if other == "version":
+        module = recipe("checkpoint_evaluation")
+        known = module.describe_environment("cpu")
+        monkeypatch.setattr(module, "describe_environment", lambda _: {**known, "torch": "2.11.0"})
+    main([*argv, "--output", str(tmp_path / "one")])
+    # The random weights of another number of steps are the same.
+    assert len(measured) == (4 if other == "steps" else 5)
+
+
+def test_the_same_checkpoint_in_another_folder_is_the_same(here, recipe, measured, tmp_path):
+    """Fault: a checkpoint told by its path."""
+    main = recipe("evaluate_faithfulness").main
+    main(["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path / "one")])
+    measured.clear()
+    shutil.copytree("out/runs/sgt-seed0", tmp_path / "moved")
+    main([str(tmp_path / "moved"), *EVALUATE, "--batch_size", "7", "--output", str(tmp_path / "one")])
+    assert measured == []
+
+
+def test_a_damaged_or_crafted_measurement_is_one_line(here, recipe, tmp_path, capsys):
+    """Fault: a traceback, or code in a file that is run when it is read."""
+    main, argv = recipe("evaluate_faithfulness").main, ["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path)]
+    main(argv)
+    files = sorted((tmp_path / "measurements").iterdir())
+    path, whole = files[0], files[0].read_bytes()
+    path.write_bytes(whole[:-100])
+    assert "remove it, to measure that once more" in error_of(capsys, main, argv)
+    torch.save({"identity": "", "measured": pathlib.PurePosixPath("x")}, path)
+    assert "cannot be read" in error_of(capsys, main, argv)
+    path.write_bytes(files[1].read_bytes())
+    assert "holds another measurement than its name says" in error_of(capsys, main, argv)
+
+
+def test_few_images_are_not_paid_with_the_decoding_of_all(here, recipe, monkeypatch):
+    """Fault: 50,000 training images decoded to look at 24 test images."""
+    seen = []
+    for name in ("checkpoint_evaluation", "checkpoints"):
+        decode = recipe(name).decode_images
+        watched = lambda splits, decode=decode, **options: seen.append(dict(splits)) or decode(splits, **options)  # noqa: E731
+        monkeypatch.setattr(recipe(name), "decode_images", watched)
+    options = recipe("evaluate_faithfulness").make_parser().parse_args(["x", *EVALUATE, "--max_eval_samples", "24"])
+    images = recipe("checkpoint_evaluation").load_test_images(options)
+    of_the_run = recipe("checkpoints").recorded_images(Path("out/runs/sgt-seed0"), "test")
+    assert (len(images), len(of_the_run)) == (24, 360)
+    assert [(len(splits["train"]), len(splits["test"])) for splits in seen] == [(1, 24), (1, 360)]
+
+
+def test_numbers_are_there_when_a_figure_cannot_be_drawn(here, recipe, tmp_path, monkeypatch, caplog):
+    """Fault: hours of measuring end in a traceback of matplotlib, before anything is written; an old figure stays."""
+    (tmp_path / "curves_gradient.png").write_bytes(PNG)
+
+    def fail(*_):
+        assert (tmp_path / "results.json").is_file()
+        assert (tmp_path / "table.md").is_file()
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(recipe("checkpoint_evaluation"), "draw_curves", fail)
+    monkeypatch.setattr(recipe("checkpoint_evaluation"), "examples", lambda *_: {})
+    recipe("evaluate_faithfulness").main(["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path)])
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.split(": ", 1)[1] for message in warned if "is not drawn" in message] == [
+        "no such font",
+        "there is no example, neither a right image of class I nor an image of class II",
+    ]
+    assert not (tmp_path / "curves_gradient.png").exists()
+
+
+def test_a_report_lacks_the_figure_that_cannot_be_drawn(here, recipe, monkeypatch, caplog):
+    """Fault: a comparison without a table, since a saliency grid could not be drawn."""
+
+    def fail(*_):
+        assert Path("lacking/table.md").is_file()
+        raise ValueError("no image of a class")
+
+    monkeypatch.setattr(recipe("method_comparison"), "draw_saliency_grid", fail)
+    folders = [f"out/runs/{name}" for name in ("sgt-seed0", "smoot-seed0")]
+    report = recipe("compare_methods").main(["--runs", *folders, "--output", "lacking", *QUICK])
+    assert len(Links(report.read_text()).links) == 2
+    assert "saliency.png is not drawn: no image of a class" in caplog.text
+
+
+def test_a_grid_of_one_class_is_drawn(recipe, tmp_path):
+    """Fault: a test set of a single class ends in an error of an array's indices."""
+    recipe("figures").draw_saliency_grid(
+        torch.rand(1, 8, 8, 1), ["a"], {"sgt": torch.rand(1, 8, 8)}, 0, tmp_path / "g.png"
+    )
+    assert (tmp_path / "g.png").read_bytes().startswith(PNG)
+
+
+def test_a_crafted_run_ends_a_comparison_with_one_line_before_training(here, recipe, tmp_path, capsys):
+    """Fault: a run of somebody else's whose record or history of K is taken as it is, or fails after the evaluation."""
+    for name, message in (("run.json", "method must be one of"), ("k_history.json", "must hold an object")):
+        run = tmp_path / name.partition(".")[0] / "smoot-seed0"
+        shutil.copytree("out/runs/smoot-seed0", run)
+        content = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps({**content, "method": "../../outside"}))
+        assert message in error_of(capsys, recipe("compare_methods").main, ["--runs", str(run), *QUICK])
 
 
 @pytest.mark.parametrize(

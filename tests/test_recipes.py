@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, TrainingArguments
 
+from smoot_hf import SmootTrainingArguments
 from smoot_hf.data import load_image_dataset
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -164,6 +167,118 @@ def test_help_explains_every_flag(capsys):
     parser = importlib.import_module("command_line").make_parser({}, "help")
     unexplained = [a.dest for a in parser._actions if not a.help and not any("--no" in o for o in a.option_strings)]
     assert unexplained == []
+
+
+def test_flags_read_from_the_sources_are_those_of_the_classes():
+    """Fault: a flag that is refused at once though the full parser takes it, or explained otherwise; a new release."""
+    defaults = importlib.import_module("train_mnist").DEFAULTS
+    full = importlib.import_module("command_line").make_parser(defaults, "help")
+    quick = importlib.import_module("flags").quick_parser(defaults, "help")
+    assert [action.option_strings for action in quick._actions] == [action.option_strings for action in full._actions]
+    ours = {f.name for f in fields(SmootTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
+    for mine, theirs in zip(quick._actions, full._actions, strict=True):
+        assert (mine.dest, mine.help or None) == (theirs.dest, theirs.help)
+        # None takes one value, "?" at most one, "*" any number: never fewer than the full parser takes.
+        allowed = {None: (None, "?"), "?": ("?",), "+": ("*",), 0: (0,)}
+        assert mine.nargs in (*allowed[theirs.nargs], "*"), mine.dest
+        assert mine.choices is None or list(mine.choices) == list(theirs.choices), mine.dest
+        assert mine.type in (None, theirs.type), mine.dest
+        if mine.dest in ours or mine.dest in defaults:
+            assert mine.default == theirs.default, mine.dest
+
+
+COMMANDS = [*NAMES, "train", "evaluate_faithfulness", "compare_methods", "demo"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_are_checked_before_anything_slow_is_imported(name, tmp_path):
+    """Fault: twenty seconds of importing before a misspelled flag is told, or --help shown."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{FOLDER.parent}"}
+    wrong = (
+        ["--lerning_rate", "1"]
+        if name not in ("evaluate_faithfulness", "demo")
+        else ["x", "--dataset", "y", "--prt", "1"]
+    )
+    for argv, code, expected in ((["--help"], 0, "usage: "), (wrong, 2, wrong[-2])):
+        done = subprocess.run(
+            [sys.executable, str(FOLDER / f"{name}.py"), *argv], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        assert expected in done.stdout + done.stderr
+        assert len(done.stderr.splitlines()) == (1 if code else 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean learning_rate"),
+        (["--method", "smot"], "invalid choice: 'smot'"),
+        (["--top_n", "2.5"], "invalid int value: '2.5'"),
+        (["missing.yaml"], "cannot read the configuration file 'missing.yaml'"),
+        (["wrong.yaml"], "unknown key 'datset' in wrong.yaml: did you mean dataset"),
+    ],
+)
+def test_what_is_checked_early_is_told_in_the_same_words(argv, message, capsys):
+    """Fault: an early check that lets pass what it could refuse, or that says less than the full parser."""
+    Path("wrong.yaml").write_text("datset: digits\n")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("flags").check_flags({}, "help", argv)
+    assert stop.value.code == 2
+    assert message in one_line(capsys)
+
+
+def test_what_is_right_passes_the_early_check():
+    """Fault: a command that worked is refused."""
+    Path("right.yaml").write_text("alpha: 5e-1\nlabel_names: [a, b]\nlr_scheduler_kwargs: {a: 1}\n")
+    right = ["right.yaml", "--top-n", "4", "--bf16", "--horizontal_flip", "false", "--no_signed_saliency"]
+    right += ["--label_names", "a", "b", "--alpha", "-1", "--resume_from_checkpoint=true", "--warmup_steps", "0.1"]
+    importlib.import_module("flags").check_flags({"alpha": 0.95}, "help", right)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "class TrainingArguments(Other):\n    seed: int = 0\n",
+        "class TrainingArguments:\n    seed: int = (\n",
+    ],
+)
+def test_sources_that_do_not_tell_every_flag_refuse_none(source, monkeypatch):
+    """Fault: flags of a release that spreads its arguments over several classes are refused as unknown."""
+    flags = importlib.import_module("flags")
+    Path("training_args.py").write_text(source)
+    assert flags.read_flags_of(Path("training_args.py"), "TrainingArguments", []) is None
+    monkeypatch.setattr(flags, "_SOURCES", (("no_such_package", "a.py", "A", []),))
+    flags.check_flags({}, "help", ["--anything", "1"])
+
+
+def test_the_line_of_an_error_goes_into_the_launchers_report(monkeypatch, capsys, tmp_path):
+    """Fault: a launcher whose last words are that some process ended with code 2."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("flags").OneLineParser(prog="recipe").error("too\nmuch", code=1)
+    assert stop.value.code == 1
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert failure.message == "recipe: error: too much" == one_line(capsys)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent" / "error.json"))
+    with pytest.raises(SystemExit):
+        importlib.import_module("flags").OneLineParser(prog="recipe").error("too much")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [["--lerning_rate", "1"], ["--dataset", "nowhere", "--use_cpu"]])
+def test_torchrun_says_the_line_last(argv):
+    """Fault: our line is buried under the launcher's traceback, which says an exit code alone."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(FOLDER / "train_digits.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *argv], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    last = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("=")][-1]
+    assert "train_digits.py: error: " in last
+    assert argv[0].lstrip("-") in last or "nowhere" in last
 
 
 @pytest.mark.parametrize("method", ["smoot", "standard"])

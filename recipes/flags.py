@@ -1,0 +1,289 @@
+"""The flags of the recipes, known without the libraries that they are about: importing those takes ten seconds.
+
+A misspelled flag and --help are answered at once. `TrainingArguments` and `SmootTrainingArguments` are read from their
+source for that, not imported; command_line.py makes the arguments themselves and has the last word.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+METHODS = ("standard", "sgt", "smoot")
+USAGE = "%(prog)s [FILE] [--flag VALUE ...]"
+# What the recipes set otherwise than the classes.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": None,
+    "per_device_train_batch_size": 256,
+    "per_device_eval_batch_size": 256,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_strategy": "epoch",
+    "report_to": "none",
+    "remove_unused_columns": False,
+}
+
+# Where a flag's class is: package, file, class, and the bases it may have for all of its fields to be known.
+_SOURCES: tuple[tuple[str, str, str, list[str]], ...] = (
+    ("transformers", "training_args.py", "TrainingArguments", []),
+    ("smoot_hf", "training_args.py", "SmootTrainingArguments", ["TrainingArguments"]),
+)
+_NUMBERS = {"int": int, "int | None": int, "float": float, "float | None": float}
+
+
+@dataclass
+class RecipeArguments:
+    """What a recipe needs beside `SmootTrainingArguments`."""
+
+    dataset: str = field(
+        default="digits", metadata={"help": 'Hub id, local directory (Parquet or imagefolder), or "digits".'}
+    )
+    model: str = field(
+        default="cnn",
+        metadata={"help": '"cnn", "deit-tiny", or a Hub id or local directory of transformers or timm.'},
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Take the architecture of --model with random weights ('cnn' always does)."}
+    )
+    patch_size: int | None = field(
+        default=None, metadata={"help": "Patch side in pixels, for patch-based models with --from_scratch."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, where it is ambiguous."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels, where it is ambiguous."})
+    convert_rgb: bool = field(
+        default=False, metadata={"help": "Three channels for grey images, which pretrained models expect."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Resize and crop every image to a square of this side; needed where sizes are mixed."},
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on (default: the first of test, validation, valid, val with labels)."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many images, drawn at random, always the same ones."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many images, drawn at random, always the same ones."}
+    )
+    card_samples: int = field(
+        default=500,
+        metadata={"help": "Measure the saliency for the model card on this many test images; 0: do not."},
+    )
+    optimizer: Literal["trainer", "adadelta"] = field(
+        default="trainer",
+        metadata={"help": "trainer: what --optim says. adadelta: the paper's; takes --learning_rate, --weight_decay."},
+    )
+    crop_padding: int = field(
+        default=0, metadata={"help": "Augmentation: random crops after padding each side by this many black pixels."}
+    )
+    horizontal_flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the images."})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line: the usage of two hundred flags would bury them."""
+
+    def error(self, message: str, code: int = 2) -> NoReturn:
+        """Print `message` to stderr, in one line, and exit with `code`.
+
+        torchrun, and `accelerate launch` with several processes, end with a report of their own, in which the line
+        then stands as the reason.
+        """
+        line = f"{self.prog}: error: {' '.join(message.split())}"
+        print(line, file=sys.stderr)
+        report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if report:
+            # The line has been said already, whether the launcher can repeat it or not.
+            with contextlib.suppress(OSError):
+                Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+        raise SystemExit(code)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A field of a class of arguments, as its source has it.
+
+    Attributes:
+        name: of the field.
+        annotation: its type, as text.
+        default: its default where that is a plain value, else its text.
+        help: what it does.
+        parsing: what else it hands to argparse: "nargs", "const", "choices".
+    """
+
+    name: str
+    annotation: str
+    default: Any
+    help: str
+    parsing: dict[str, Any]
+
+
+def check_flags(defaults: Mapping[str, Any], description: str | None, argv: Sequence[str] | None = None) -> None:
+    """Answer --help, and end with one line and exit code 2 at a flag that nobody knows or whose value cannot be read.
+
+    Where the source of an argument class is not to be had, or its fields are spread over other classes, nothing is
+    checked here: the full parser is next.
+
+    Args:
+        defaults: values of flags that differ from those of the classes.
+        description: the recipe's docstring; its first paragraph is the description.
+        argv: the command line; default: that of the process.
+    """
+    parser = quick_parser(defaults, description)
+    if parser is not None:
+        expand_flags(parser, list(sys.argv[1:] if argv is None else argv))
+
+
+def quick_parser(defaults: Mapping[str, Any], description: str | None) -> OneLineParser | None:
+    """The parser of all flags, from the sources of their classes; `None` where they cannot be known from there."""
+    known = [read_flags(*source) for source in _SOURCES]
+    if any(flags is None for flags in known):
+        return None
+    parser = OneLineParser(
+        description=(description or "").split("\n\n")[0],
+        usage=USAGE,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    own = read_flags_of(Path(__file__), RecipeArguments.__name__, []) or []
+    for flag in [flag for flags in known for flag in flags or []] + own:
+        _add_flag(parser, flag)
+    add_config(parser)
+    parser.set_defaults(**{**DEFAULTS, **defaults})
+    return parser
+
+
+def read_flags(package: str, file: str, name: str, bases: list[str]) -> list[Flag] | None:
+    """The fields of a dataclass of an installed package, which is not imported; `None` where they cannot be known."""
+    spec = importlib.util.find_spec(package)
+    places = [] if spec is None else list(spec.submodule_search_locations or [])
+    paths = [Path(place) / file for place in places]
+    path = next((path for path in paths if path.is_file()), None)
+    return None if path is None else read_flags_of(path, name, bases)
+
+
+def read_flags_of(path: Path, name: str, bases: list[str]) -> list[Flag] | None:
+    """The fields of a dataclass in a source file; `None` where it is not there or has other bases."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return None
+    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    if len(found) != 1 or [ast.unparse(base) for base in found[0].bases] != bases:
+        return None
+    fields = [node for node in found[0].body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    return [_flag(node) for node in fields]
+
+
+def _flag(node: ast.AnnAssign) -> Flag:
+    """Of `name: annotation = field(default=..., metadata={"help": ...})`, or with default and help as they stand."""
+    given: dict[str | None, ast.expr] = {}
+    if isinstance(node.value, ast.Call):
+        given = dict(zip(("default", "help"), node.value.args, strict=False))
+        given |= {keyword.arg: keyword.value for keyword in node.value.keywords}
+    elif node.value is not None:
+        given = {"default": node.value}
+    metadata = given.get("metadata")
+    if isinstance(metadata, ast.Dict):
+        pairs = zip(metadata.keys, metadata.values, strict=True)
+        given |= {str(key.value): value for key, value in pairs if isinstance(key, ast.Constant)}
+    default, text = (_value(given[key]) if key in given else None for key in ("default", "help"))
+    # What is not written out, such as the choices of another module, is left to the full parser.
+    parsing = {key: _value(given[key]) for key in ("nargs", "const", "choices") if _is_literal(given.get(key))}
+    return Flag(ast.unparse(node.target), ast.unparse(node.annotation), default, text or "", parsing)
+
+
+def _value(node: ast.expr) -> Any:
+    return ast.literal_eval(node) if _is_literal(node) else ast.unparse(node)
+
+
+def _is_literal(node: ast.expr | None) -> bool:
+    if node is None:
+        return False
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
+def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
+    """As `HfArgumentParser` adds it, but of the values only numbers and choices are checked."""
+    options: dict[str, Any] = {"help": flag.help, "default": flag.default}
+    if flag.annotation.startswith("Literal["):
+        options["choices"] = ast.literal_eval(flag.annotation.removeprefix("Literal"))
+    elif flag.annotation in _NUMBERS:
+        options["type"] = _NUMBERS[flag.annotation]
+    elif "list[" in flag.annotation:
+        options["nargs"] = "*"
+    elif "bool" in flag.annotation:
+        options["nargs"] = "?"
+    parser.add_argument(*_spellings(flag.name), **(options | flag.parsing))
+    if flag.default is True and flag.annotation in ("bool", "bool | None"):
+        no = _spellings(f"no_{flag.name}")
+        parser.add_argument(*no, dest=flag.name, action="store_false", default=False, help=flag.help)
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The flag of the configuration file."""
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; may be the first argument.")
+
+
+def expand_flags(parser: OneLineParser, argv: list[str]) -> tuple[list[str], argparse.Namespace]:
+    """The command line with the flags of its configuration file before its own, and what it says; exits if wrong."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    path = parser.parse_known_args(argv)[0].config
+    flags = argv if path is None else [*config_flags(parser, path), *argv]
+    known, unknown = parser.parse_known_args(flags)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}{near(parser, unknown[0].lstrip('-').split('=')[0])}")
+    return flags, known
+
+
+def config_flags(parser: OneLineParser, path: str) -> list[str]:
+    """A configuration file as flags, so that both are checked in the same way."""
+    try:
+        # JSON is YAML.
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"cannot read the configuration file {path!r}: {' '.join(str(error).split())}")
+    if not isinstance(config, dict):
+        parser.error(f"the configuration file {path!r} must map names of flags to values")
+    names = {action.dest for action in parser._actions}
+    for key in config:
+        if key not in names:
+            parser.error(f"unknown key {key!r} in {path}{near(parser, str(key))}")
+    return [part for key, value in config.items() if value is not None for part in as_flag(key, value)]
+
+
+def as_flag(key: str, value: Any) -> list[str]:
+    """One entry of a configuration file as command line arguments."""
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def near(parser: OneLineParser, name: str) -> str:
+    """ ", did you mean ..." where a flag has a similar name."""
+    names = [action.dest for action in parser._actions]
+    matches = difflib.get_close_matches(name.replace("-", "_"), names, n=3)
+    return f": did you mean {', '.join(matches)}?" if matches else ""
