@@ -39,6 +39,8 @@ def mean_interval(
     | normal, but 70 % exact zeros | 94 (45) | 89 (62) | 87 (81) | 91 (88) | 94 (92) | 95 (94) |
 
     Below about 50 images, intervals of skewed areas and of differences that are mostly zero are still too narrow.
+    Samples without an interval are left out: 35 % of the last line's at n = 3, 17 % at 5, 3 % at 10; elsewhere at most
+    2 %.
 
     Args:
         values: (n,) numbers, independent of each other: one per image, or one per seed.
