@@ -104,7 +104,9 @@ def parse(parser: OneLineParser, argv: list[str]) -> tuple[SmootTrainingArgument
         parser.error(f"unknown argument {unknown[0]}{near(parser, unknown[0].lstrip('-').split('=')[0])}")
     if known.output_dir is None:
         dataset, model = Path(known.dataset).name, Path(known.model).name
-        flags += ["--output_dir", f"runs/{dataset}-{model}-{known.method}"]
+        # Runs that differ in their seed alone have folders of their own; the usual seed needs no mention.
+        seed = "" if known.seed == parser.get_default("seed") else f"-seed{known.seed}"
+        flags += ["--output_dir", f"runs/{dataset}-{model}-{known.method}{seed}"]
     try:
         args, recipe, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, ImportError) as error:
