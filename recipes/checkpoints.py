@@ -72,9 +72,7 @@ def saved_model(name: str) -> str:
         return name
     found = newest_whole_checkpoint(name)
     if found is None and is_unfinished:
-        raise ValueError(
-            f"{name} is the folder of a run that has saved nothing yet: let it go on to its first checkpoint"
-        )
+        raise ValueError(f"{name} is the folder of a run that has saved nothing yet: let it reach a first checkpoint")
     return found or name
 
 
@@ -136,11 +134,8 @@ def load_budget(folder: Path, train: DecodedImages) -> MaskBudget:
             "or sgt, without --save_only_model"
         )
     budget = MaskBudget.load(path)
-    if (
-        fingerprints_differ(budget.dataset_fingerprint, train.fingerprint)
-        or budget.num_samples != len(train)
-        or budget.image_size != tuple(train.image_shape[1:])
-    ):
+    is_other = fingerprints_differ(budget.dataset_fingerprint, train.fingerprint)
+    if is_other or budget.num_samples != len(train) or budget.image_size != tuple(train.image_shape[1:]):
         height, width = budget.image_size
         raise ValueError(f"{folder} was trained on {budget.num_samples} other images, of {height}x{width} pixels")
     return budget

@@ -118,7 +118,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is None and not getattr(self.args, "overwrite_output_dir", False):
             self._together(refuse_other_runs, folder, self._own_runs)
         # One id for all processes: the first one's.
-        run_id = uuid.uuid4().hex if resumed is None else resumed.run_id
+        run_id = uuid.uuid4().hex if resumed is None else str(resumed.run_id)
         if self.accelerator.num_processes > 1:
             run_id = broadcast_object_list([run_id])[0]
         self.run_identity = self._describe_run(run_id)

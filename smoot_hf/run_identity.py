@@ -64,6 +64,9 @@ class RunIdentity:
             raise DamagedIdentityError(f"{path} is damaged: it does not name a run ({reason})") from error
         return identity
 
+    def __str__(self) -> str:
+        return f"run {str(self.run_id)[:8]} with method {self.method} and seed {self.seed}"
+
     def difference(self, asked: "RunIdentity") -> str | None:
         """The first thing in which this run is not `asked`, in words; `None` where it is, as far as both are known."""
         for field in dataclasses.fields(self):

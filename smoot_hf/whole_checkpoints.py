@@ -143,12 +143,13 @@ def reasons_against(output_dir: str | os.PathLike[str], asked: RunIdentity | Non
         identity = RunIdentity.load(folder)
         if identity is None:
             if own is not None:
-                reasons[folder] = f"it does not say which run it is of, and the folder is that of run {own.run_id}"
+                reasons[folder] = f"it does not say which run it is of, and the folder is that of {own}"
             continue
-        run_id = None if own is None else own.run_id
-        other = identity.difference(RunIdentity(run_id)) or identity.difference(asked or RunIdentity())
+        other = identity.difference(asked or RunIdentity())
         if other is not None:
             reasons[folder] = f"it is of another run: {other}"
+        elif own is not None and identity.run_id != own.run_id:
+            reasons[folder] = f"it is of another run: {identity}; the folder is that of {own}"
         else:
             runs.setdefault(str(identity.run_id), folder)
     if len(runs) > 1:
@@ -175,7 +176,7 @@ def refuse_other_runs(output_dir: str | os.PathLike[str], known: Collection[str]
             continue
         identity = RunIdentity.load(folder)
         if identity is None or identity.run_id not in known:
-            whose = "" if identity is None else f" (method {identity.method}, seed {identity.seed})"
+            whose = "" if identity is None else f" ({identity})"
             raise ValueError(
                 f"{output_dir} holds {os.path.basename(folder)} of another run{whose}: give this one an output_dir of "
                 "its own, go on with that one by resume_from_checkpoint=True, or set overwrite_output_dir=True to "

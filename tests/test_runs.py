@@ -182,7 +182,7 @@ def test_a_checkpoint_without_an_identity_is_taken_with_a_warning(of_seed, tmp_p
     assert newest_whole_checkpoint(run).endswith("checkpoint-6")
     shutil.rmtree(run / "checkpoint-6")
     assert newest_whole_checkpoint(run) is None
-    assert "does not say which run it is of, and the folder is that of run" in said[-1]
+    assert "does not say which run it is of, and the folder is that of run " in said[-1]
     with pytest.raises(ValueError, match="checkpoint-4 of another run: give this one an output_dir of its own"):
         of_seed(1).train()
 
@@ -271,7 +271,7 @@ def test_k_does_not_go_to_other_rows(other, of_seed, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is of another run: its dataset_fingerprint is v2-"):
         of_seed(0, data=other()).train(resume_from_checkpoint=path)
     (tmp_path / "run" / "checkpoint-2" / RUN_IDENTITY_NAME).unlink()
-    with pytest.raises(ValueError, match="belongs to another training set .*: dataset_fingerprint is v2-"):
+    with pytest.raises(ValueError, match=r"belongs to another training set .*: dataset_fingerprint is v2-"):
         of_seed(0, data=other()).train(resume_from_checkpoint=path)
     of_seed(0, data=ConcatDataset([hf_data(range(12)), hf_data(range(12, 24))])).train(resume_from_checkpoint=path)
     assert said == []
