@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,6 +99,29 @@ def _find_impossible(metadata: Mapping[str, str], k: Tensor) -> str | None:
     if k.min() < lowest or k.max() > highest:
         return f"its K are not in [{lowest}, {highest}]"
     return None
+
+
+def require_origin(metadata: Mapping[str, str], origin: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Refuse the K of another training, or of another time in it.
+
+    Args:
+        metadata: of the file.
+        origin: "run_id", "seed" and "global_step" that the file must name; what is `None` may be anything. A file of
+            version 0.1.0 names none of them: it is taken where no "run_id" is asked for.
+        path: of the file.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    asked = {name: str(value) for name, value in origin.items() if value is not None}
+    for name, value in asked.items():
+        saved = metadata.get(name)
+        if saved == value or (saved is None and "run_id" not in asked):
+            continue
+        raise ValueError(
+            f"the mask budget {path} is of another training, or of another time in it: {name} is {saved} there and "
+            f"{value} here. Resume from a checkpoint as it was written, or delete the file: K starts afresh"
+        )
 
 
 def _digest(k: Tensor, has_moved: Tensor, metadata: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from . import functional as SF
-from .budget_file import read_budget, write_budget
+from .budget_file import read_budget, require_origin, write_budget
 from .fingerprint import fingerprints_differ
 from .training_args import SmootTrainingArguments
 
@@ -272,15 +272,7 @@ class MaskBudget:
         """
         metadata, k, has_moved = read_budget(path)
         self._require_identity(metadata, path)
-        asked = {name: str(value) for name, value in (origin or {}).items() if value is not None}
-        for name, value in asked.items():
-            saved = metadata.get(name)
-            if saved == value or (saved is None and "run_id" not in asked):
-                continue
-            raise ValueError(
-                f"the mask budget {path} is of another training, or of another time in it: {name} is {saved} there and "
-                f"{value} here. Resume from a checkpoint as it was written, or delete the file: K starts afresh"
-            )
+        require_origin(metadata, origin or {}, path)
         self._take_up(metadata, k, has_moved)
 
     def _take_up(self, metadata: dict[str, str], k: Tensor, has_moved: Tensor) -> None:
