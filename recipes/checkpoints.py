@@ -15,6 +15,7 @@ from smoot_hf import InputPipeline, MaskBudget
 from smoot_hf.budget_file import MASK_BUDGET_NAME
 from smoot_hf.class_names import match_numbering
 from smoot_hf.data import DecodedImages
+from smoot_hf.fingerprint import fingerprints_differ
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 
@@ -51,7 +52,8 @@ def read_checkpoint(name: str, device: torch.device | str) -> Checkpoint:
         device: where the model goes.
 
     Raises:
-        ValueError: its image processor does what the pipeline cannot.
+        ValueError: its image processor does what the pipeline cannot; or the folder is that of a run that has saved
+            nothing yet, whatever an earlier one has left there.
         OSError: no such checkpoint.
     """
     name = saved_model(name)
@@ -67,8 +69,13 @@ def read_checkpoint(name: str, device: torch.device | str) -> Checkpoint:
 def saved_model(name: str) -> str:
     """A Hub id or the folder of a saved model; of a run that has saved no model yet, its last checkpoint."""
     folder = Path(name)
-    is_unfinished = folder.is_dir() and not (folder / "config.json").is_file()
-    return (newest_whole_checkpoint(name) or name) if is_unfinished else name
+    is_unfinished = (folder / RECORD_NAME).is_file() and not RunRecord.load(folder).is_finished
+    if not folder.is_dir() or ((folder / "config.json").is_file() and not is_unfinished):
+        return name
+    found = newest_whole_checkpoint(name)
+    if found is None and is_unfinished:
+        raise ValueError(f"{name} is the folder of a run that has saved nothing yet: let it reach a first checkpoint")
+    return found or name
 
 
 def recorded_images(run: Path, split: str, dataset: str | None = None) -> DecodedImages:
@@ -125,8 +132,8 @@ def load_budget(folder: Path, train: DecodedImages) -> MaskBudget:
             "or sgt, without --save_only_model"
         )
     budget = MaskBudget.load(path)
-    own = budget.dataset_fingerprint in (None, train.fingerprint)
-    if not own or budget.num_samples != len(train) or budget.image_size != tuple(train.image_shape[1:]):
+    is_other = fingerprints_differ(budget.dataset_fingerprint, train.fingerprint)
+    if is_other or budget.num_samples != len(train) or budget.image_size != tuple(train.image_shape[1:]):
         height, width = budget.image_size
         raise ValueError(f"{folder} was trained on {budget.num_samples} other images, of {height}x{width} pixels")
     return budget

@@ -39,7 +39,9 @@ def parse(parser: RecipeParser, argv: list[str]) -> tuple[SmootTrainingArguments
     given, known = flags.expand_flags(parser, argv)
     if known.output_dir is None:
         dataset, model = Path(known.dataset).name, Path(known.model).name
-        given += ["--output_dir", f"runs/{dataset}-{model}-{known.method}"]
+        # Runs that differ in their seed alone have folders of their own; the usual seed needs no mention.
+        seed = "" if known.seed == parser.get_default("seed") else f"-seed{known.seed}"
+        given += ["--output_dir", f"runs/{dataset}-{model}-{known.method}{seed}"]
     try:
         args, recipe, _ = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
     except (ValueError, ImportError) as error:

@@ -13,6 +13,8 @@ from train import make_trainer, prepare, train
 
 from smoot_hf import SmootTrainingArguments
 from smoot_hf.data import DecodedImages
+from smoot_hf.fingerprint import fingerprints_differ
+from smoot_hf.run_identity import RunIdentity
 from smoot_hf.whole_checkpoints import newest_whole_checkpoint
 
 
@@ -92,7 +94,7 @@ def check_comparable(runs: Sequence[Run], images: DecodedImages, dataset: str) -
     """
     seen: dict[str, Path] = {}
     for folder, record in runs:
-        if record.dataset_fingerprint not in (None, images.fingerprint):
+        if fingerprints_differ(record.dataset_fingerprint, images.fingerprint):
             trained_on = (record.settings or {}).get("dataset", "another data set")
             raise ValueError(f"{folder} was trained on other images ({trained_on}) than the training set of {dataset}")
         other = difference(record.settings, runs[0].record.settings)
@@ -115,7 +117,8 @@ def train_missing(plans: Sequence[Plan]) -> list[Run]:
         if is_finished:
             continue
         if folder in known:
-            args.resume_from_checkpoint = True if newest_whole_checkpoint(folder) else None
+            asked = RunIdentity(method=args.method, seed=args.seed)
+            args.resume_from_checkpoint = True if newest_whole_checkpoint(folder, asked=asked) else None
         task = prepare(args, recipe)
         train(make_trainer(task, args, recipe), args, recipe)
     # The first process alone writes the records, and goes on to read them.

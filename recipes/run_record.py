@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from flags import METHODS, RecipeArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
 from smoot_hf.budget_file import MASK_BUDGET_NAME
@@ -101,6 +102,18 @@ class RunRecord:
             train_seconds=train_seconds,
             is_finished=train_seconds is not None,
         )
+
+
+class SaveRecord(TrainerCallback):
+    """Writes the record when training begins: a run that is refused leaves that of the run before it as it is."""
+
+    def __init__(self, trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> None:
+        self.trainer, self.args, self.recipe = trainer, args, recipe
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """On the first process."""
+        if state.is_world_process_zero:
+            RunRecord.of(self.trainer, self.args, self.recipe).save(self.args.output_dir)
 
 
 def write_whole(path: Path, text: str) -> None:

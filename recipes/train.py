@@ -29,13 +29,15 @@ from budget_history import RecordBudget
 from command_line import RecipeArguments, make_parser, parse
 from datasets import DatasetDict
 from publish import publish
-from run_record import RunRecord
+from run_record import RunRecord, SaveRecord
 from transformers import EvalPrediction, set_seed
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
 from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
 from smoot_hf.models import load_image_processor, load_model
-from smoot_hf.whole_checkpoints import find_damage, newest_whole_checkpoint
+from smoot_hf.resumable_trainer import no_checkpoint
+from smoot_hf.run_identity import RunIdentity
+from smoot_hf.whole_checkpoints import find_damage, newest_whole_checkpoint, refuse_other_runs
 
 
 class Task(NamedTuple):
@@ -85,23 +87,29 @@ def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None =
 def checkpoint_to_resume(args: SmootTrainingArguments) -> str | bool | None:
     """The folder that --resume_from_checkpoint names; of "true" or "last" `True`: the newest whole one of this run.
 
+    The trainer asks the same again, and more, once data and model are there; this saves the time until then.
+
     Raises:
-        ValueError: there is no checkpoint, or not all of it.
+        ValueError: there is no checkpoint, or not all of it, or it is another run's; or a new run would begin among the
+            checkpoints of another.
     """
     named = args.resume_from_checkpoint
     if named is None:
+        if not args.overwrite_output_dir:
+            refuse_other_runs(args.output_dir)
         return None
     if str(named).lower() not in ("true", "last"):
         damage = find_damage(named)
-        wrong = None if damage is None else f"no checkpoint in {named}: {damage}"
-    else:
-        named, found = True, newest_whole_checkpoint(args.output_dir)
-        wrong = None if found else f"no checkpoint in {args.output_dir}"
-    if wrong is not None:
-        raise ValueError(
-            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: {wrong}; leave the flag away to start afresh"
-        )
-    return named
+        if damage is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={named!r}: no checkpoint in {named}: {damage}; leave the flag away to start "
+                "afresh"
+            )
+        return named
+    asked = RunIdentity(method=args.method, seed=args.seed)
+    if newest_whole_checkpoint(args.output_dir, asked=asked) is None:
+        raise ValueError(no_checkpoint(args.output_dir, asked))
+    return True
 
 
 def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
@@ -209,8 +217,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
     """Train, evaluate, save model, processor, metrics, record and card, print a summary, and push where asked."""
     trainer.add_callback(RecordBudget(trainer))
-    if trainer.is_world_process_zero():
-        RunRecord.of(trainer, args, recipe).save(args.output_dir)
+    trainer.add_callback(SaveRecord(trainer, args, recipe))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     # Pushed last, when there is nothing left that a failing Hub could keep from being saved.
     trainer.save_model(_internal_call=True)

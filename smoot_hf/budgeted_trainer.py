@@ -9,12 +9,14 @@ from transformers.utils import logging
 
 from .budget_file import MASK_BUDGET_NAME
 from .budget_moves import BudgetMoves
-from .fingerprint import dataset_fingerprint
+from .fingerprint import is_identified
 from .host_memory import freed_memory_kept
 from .indexed_trainer import IndexedTrainer
 from .mask_budget import MaskBudget
 from .random_state import random_state_kept
 from .refusals import refuse_unsupported
+from .resumable_trainer import ResumableTrainer
+from .run_identity import RunIdentity
 from .training_args import SmootTrainingArguments
 from .training_log import LogWindow
 from .whole_checkpoints import require_one_content
@@ -22,7 +24,7 @@ from .whole_checkpoints import require_one_content
 logger = logging.get_logger(__name__)
 
 
-class BudgetedTrainer(IndexedTrainer):
+class BudgetedTrainer(IndexedTrainer, ResumableTrainer):
     """K begins with a training, moves with its steps, is saved and restored with the optimizer's state.
 
     Attributes:
@@ -49,7 +51,7 @@ class BudgetedTrainer(IndexedTrainer):
         # Weak: a search frees the model of each trial.
         self._budgeted = weakref.ref(self.model), self.train_dataset
         self.mask_budget = MaskBudget.for_training(
-            self.args, len(dataset), first["pixel_values"].shape[-2:], dataset_fingerprint(self.train_dataset)
+            self.args, len(dataset), first["pixel_values"].shape[-2:], self.dataset_fingerprint()
         )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +74,7 @@ class BudgetedTrainer(IndexedTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.mask_budget is not None and self.args.should_save:
-            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME))
+            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME), self._origin(self.run_identity))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -80,11 +82,22 @@ class BudgetedTrainer(IndexedTrainer):
             return
         path = os.path.join(checkpoint, MASK_BUDGET_NAME)
         if os.path.isfile(path):
-            self.mask_budget.restore(path)
+            self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
+            if not is_identified(self.mask_budget.dataset_fingerprint):
+                logger.warning(
+                    f"K is taken from {path} row by row, but nothing identifies the training set: it must be the same, "
+                    "in the same order. Give the data set an attribute `fingerprint`, a string that changes with its "
+                    "content, and it is checked"
+                )
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
             self.begin_mask_budget()
         require_one_content(self.mask_budget.digest(), path, self.accelerator)
+
+    def _origin(self, run: RunIdentity | None) -> dict[str, Any]:
+        """What stands in the file of K beside the data: which training it is of, and after how many of its steps."""
+        run_id = None if run is None else run.run_id
+        return {"run_id": run_id, "seed": self.args.seed, "global_step": self.state.global_step}
 
     def _move_budget(self, sample_idx: Tensor, delta: Tensor) -> None:
         """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""

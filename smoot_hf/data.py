@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -266,7 +267,7 @@ class DecodedImages(torch.utils.data.Dataset):
         """Name of every class, in the order of the label indices."""
         return list(self.dataset.features[LABELS].names)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str | None:
         """Short hash of the content; tells the data that a saved mask budget belongs to from any other."""
         return dataset_fingerprint(self.dataset)

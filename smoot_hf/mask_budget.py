@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from . import functional as SF
-from .budget_file import read_budget, write_budget
+from .budget_file import read_budget, require_origin, write_budget
+from .fingerprint import fingerprints_differ
 from .training_args import SmootTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -126,11 +127,11 @@ class MaskBudget:
         metadata, k, has_moved = read_budget(path)
         height, width = int(metadata["image_height"]), int(metadata["image_width"])
         lowest, highest = (Fraction(int(metadata[name]), height * width) for name in ("k_min", "k_max"))
-        fingerprint = metadata["dataset_fingerprint"]
+        fingerprint = metadata.get("dataset_fingerprint")
         known = None if fingerprint == "None" else fingerprint
         meaning = {name: metadata[name] for name in _MEANING if metadata.get(name) not in (None, "None")}
         budget = cls(len(k), (height, width), lowest, lowest, highest, dataset_fingerprint=known, meaning=meaning)
-        budget._take_up(path, metadata, k, has_moved)
+        budget._take_up(metadata, k, has_moved)
         return budget
 
     @property
@@ -245,12 +246,17 @@ class MaskBudget:
     def _metadata(self) -> dict[str, str]:
         return {name: str(value) for name, value in self._identity().items()} | {"epoch": str(self.epoch)}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], origin: Mapping[str, Any] | None = None) -> None:
         """Write K as safetensors: `k` int32 (N,) and `has_moved` bool (N,), with what identifies the data.
 
         The file appears whole or not at all: it is written beside its place, then renamed.
+
+        Args:
+            path: of the file.
+            origin: any of "run_id", "seed" and "global_step": the training that K is of, and when.
         """
-        write_budget(path, self._metadata(), self.k.cpu(), (self._stored < 0).cpu())
+        metadata = self._metadata() | {name: str(value) for name, value in (origin or {}).items()}
+        write_budget(path, metadata, self.k.cpu(), (self._stored < 0).cpu())
 
     def state_dict(self) -> dict[str, Any]:
         """K with what identifies the data, on the CPU: for `accelerator.register_for_checkpointing(budget)`.
@@ -272,12 +278,18 @@ class MaskBudget:
             raise ValueError(f"a state_dict of a MaskBudget must have {sorted(missing)}, got {sorted(state_dict)}")
         k, has_moved, metadata = (state_dict[name] for name in ("k", "has_moved", "metadata"))
         self._require_identity(metadata, "state_dict")
+        is_k = k.dtype == torch.int32 and not bool(((k < self.k_min) | (k > self.k_max)).any())
+        if not is_k:
+            raise ValueError(
+                f"'k' of a state_dict of this MaskBudget must be int32 in [{self.k_min}, {self.k_max}], got {k.dtype}"
+                + (f" in [{int(k.min())}, {int(k.max())}]" if k.numel() else " without entries")
+            )
         if k.shape != (self.num_samples,) or has_moved.shape != k.shape or has_moved.dtype != torch.bool:
             raise ValueError(
                 f"a state_dict of this MaskBudget must have 'k' and 'has_moved' bool of shape ({self.num_samples},), "
                 f"got {tuple(k.shape)} and {has_moved.dtype} {tuple(has_moved.shape)}"
             )
-        self._take_up("state_dict", metadata, k, has_moved)
+        self._take_up(metadata, k, has_moved)
 
     def digest(self) -> str:
         """A hash of K, of the samples that have moved in the epoch under way, and of its number."""
@@ -285,23 +297,24 @@ class MaskBudget:
         found.update(str(self.epoch).encode())
         return found.hexdigest()
 
-    def restore(self, path: str | os.PathLike[str]) -> None:
+    def restore(self, path: str | os.PathLike[str], origin: Mapping[str, Any] | None = None) -> None:
         """Take up K from a file that `save` wrote, for the same data and bounds.
 
+        Args:
+            path: of the file.
+            origin: as in `save`: what K must be of. Files of version 0.1.0 do not say: they are taken where `origin`
+                has no "run_id".
+
         Raises:
-            ValueError: the file is torn or altered, or belongs to another training set, image size or bounds; nothing
-                of it is taken up.
+            ValueError: the file is torn or altered, or belongs to another training set, image size or bounds, or is not
+                of `origin`; nothing of it is taken up.
         """
         metadata, k, has_moved = read_budget(path)
         self._require_identity(metadata, path)
-        self._take_up(path, metadata, k, has_moved)
+        require_origin(metadata, origin or {}, path)
+        self._take_up(metadata, k, has_moved)
 
-    def _take_up(self, path: str | os.PathLike[str], metadata: dict[str, str], k: Tensor, has_moved: Tensor) -> None:
-        if k.dtype != torch.int32 or bool(((k < self.k_min) | (k > self.k_max)).any()):
-            raise ValueError(
-                f"the mask budget {path} is damaged: its K are not int32 in [{self.k_min}, {self.k_max}]; resume "
-                "from an earlier checkpoint, or delete the file to start K afresh"
-            )
+    def _take_up(self, metadata: dict[str, str], k: Tensor, has_moved: Tensor) -> None:
         self._stored.copy_(torch.where(has_moved, ~k, k))
         counts = torch.bincount(k - self.k_min, minlength=len(self._histogram))
         self._histogram.copy_(counts)
@@ -312,6 +325,8 @@ class MaskBudget:
             saved = metadata.get(name)
             is_unknown = saved in (None, "None") or value is None
             if saved == str(value) or (is_unknown and name in ("dataset_fingerprint", *_MEANING)):
+                continue
+            if name == "dataset_fingerprint" and not fingerprints_differ(saved, value):
                 continue
             raise ValueError(
                 f"the mask budget {path} belongs to another training set or other settings: {name} is {saved} there "

@@ -1,8 +1,11 @@
-"""A Trainer that resumes from whole checkpoints alone, and with all of their weights."""
+"""A Trainer that resumes from whole checkpoints of its own run alone, and with all of their weights."""
 
 import os
+import uuid
+from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -10,33 +13,138 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from .checkpoint_weights import has_other_names, load_translated
-from .whole_checkpoints import begin_checkpoint, find_damage, newest_whole_checkpoint
+from .fingerprint import dataset_fingerprint
+from .run_identity import RUN_IDENTITY_NAME, RunIdentity, describe_model
+from .saving_trainer import writing
+from .whole_checkpoints import (
+    begin_checkpoint,
+    find_damage,
+    newest_whole_checkpoint,
+    reasons_against,
+    refuse_other_runs,
+)
 
 logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):
-    """Goes on after a crash at any moment, also in the middle of a save, from the newest checkpoint that is whole."""
+    """Goes on after a crash at any moment, also in the middle of a save, from its run's newest whole checkpoint.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`; `resume_from_checkpoint=True` passes over checkpoints that are not whole.
+    Attributes:
+        run_identity: of the training under way, or of the last one; written into each of its checkpoints.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.run_identity = RunIdentity()
+        # Ids of all trainings of this trainer: their checkpoints are not another's.
+        self._own_runs: set[str] = set()
+        # What `train` was called for: each batch size that is tried begins there.
+        self._resumed_from: str | None = None
+        self._trial: Any = None
+        self._fingerprint: tuple[Any, str | None] = (None, None)
+        super().__init__(*args, **kwargs)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As `Trainer.train`, with the checkpoints of one run.
+
+        `resume_from_checkpoint=True` takes the newest whole checkpoint of the run that the output folder belongs to,
+        and passes over others with a warning. A path is taken as it is, if it is whole, of this seed and this training
+        set; another method is warned of. Without either a new run begins.
 
         Raises:
-            ValueError: there is no whole checkpoint, or the one that is named is not whole.
+            ValueError: there is no such checkpoint, or the one that is named is not whole, or of another seed or
+                training set; or a new run would begin among the checkpoints of another, without
+                `overwrite_output_dir`.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, self.accelerator)
+            asked = self._describe_run()
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir, self.accelerator, asked)
             if resume_from_checkpoint is None:
+                raise ValueError(no_checkpoint(self.args.output_dir, asked))
+        elif resume_from_checkpoint:
+            if damage := find_damage(resume_from_checkpoint):
                 raise ValueError(
-                    f"resume_from_checkpoint=True: there is no whole checkpoint in {self.args.output_dir}; leave it "
-                    "away to start afresh"
+                    f"{resume_from_checkpoint} is not a whole checkpoint: {damage}. Resume from an earlier checkpoint; "
+                    "resume_from_checkpoint=True finds the newest that is whole"
                 )
-        elif resume_from_checkpoint and (damage := find_damage(resume_from_checkpoint)):
+            # The seed of a trial is not known yet.
+            if trial is None:
+                self._require_same_run(resume_from_checkpoint)
+        self._resumed_from, self._trial = resume_from_checkpoint or None, trial
+        return super().train(resume_from_checkpoint, trial, *args, **kwargs)
+
+    def dataset_fingerprint(self) -> str | None:
+        """Of the training set (`smoot_hf.fingerprint`), computed once."""
+        dataset, fingerprint = self._fingerprint
+        if dataset is not self.train_dataset:
+            fingerprint = dataset_fingerprint(self.train_dataset)
+            self._fingerprint = self.train_dataset, fingerprint
+        return fingerprint
+
+    def _describe_run(self, run_id: str | None = None) -> RunIdentity:
+        method = getattr(self.args, "method", None)
+        return RunIdentity(run_id, method, self.args.seed, describe_model(self.model), self.dataset_fingerprint())
+
+    def _require_same_run(self, checkpoint: str) -> None:
+        """Refuse a checkpoint that was named, but is of another run; whether the weights fit shows when they load."""
+        found, asked = RunIdentity.load(checkpoint), self._describe_run()
+        if found is None:
+            logger.warning(f"nothing in {checkpoint} says which run it is of (no {RUN_IDENTITY_NAME}): it is taken")
+            return
+        other = found.difference(RunIdentity(seed=asked.seed, dataset_fingerprint=asked.dataset_fingerprint))
+        if other is not None:
             raise ValueError(
-                f"{resume_from_checkpoint} is not a whole checkpoint: {damage}. Resume from an earlier checkpoint; "
-                "resume_from_checkpoint=True finds the newest that is whole"
+                f"{checkpoint} is of another run: {other}. Resume with the seed and the training set of that run; to "
+                "begin a new training with its weights, load them by from_pretrained"
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if found.method != asked.method:
+            logger.warning(f"{checkpoint} was trained with method={found.method!r}: the rest is {asked.method!r}")
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
+        self._begin_run()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _begin_run(self) -> None:
+        """Take up the id of the run that is resumed, or begin one; on all processes together.
+
+        Raises:
+            ValueError: see `train`.
+        """
+        folder, checkpoint = self._get_output_dir(trial=self._trial), self._resumed_from
+        resumed = None if checkpoint is None else RunIdentity.load(checkpoint)
+        if checkpoint is None and not getattr(self.args, "overwrite_output_dir", False):
+            self._together(refuse_other_runs, folder, self._own_runs)
+        # One id for all processes: the first one's.
+        run_id = uuid.uuid4().hex if resumed is None else str(resumed.run_id)
+        if self.accelerator.num_processes > 1:
+            run_id = broadcast_object_list([run_id])[0]
+        self.run_identity = self._describe_run(run_id)
+        self._own_runs.add(run_id)
+        # A checkpoint that does not say which run it is of is all there is until there is a new one.
+        if self.args.should_save and (checkpoint is None or resumed is not None):
+            self._write_identity(folder)
+
+    def _together(self, check: Callable[..., None], *args: Any) -> None:
+        """Let a check that fails on one process end the training on all of them."""
+        error: ValueError | None = None
+        try:
+            check(*args)
+        except ValueError as raised:
+            error = raised
+        said = [None if error is None else str(error)]
+        if self.accelerator.num_processes > 1:
+            said = gather_object(said)
+        message = next((line for line in said if line is not None), None)
+        if message is not None:
+            raise ValueError(message) from error
+
+    def _write_identity(self, folder: str) -> None:
+        with writing(folder):
+            os.makedirs(folder, exist_ok=True)
+            self.run_identity.save(folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of the last step, in mid-epoch: the stock loop would take one step more before it looks.
@@ -48,9 +156,13 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)
         if self.args.should_save:
-            begin_checkpoint(os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            checkpoint = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            begin_checkpoint(checkpoint)
+            self._write_identity(checkpoint)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self._write_identity(run_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -79,3 +191,13 @@ class ResumableTrainer(Trainer):
             load_translated(self.model, best)
         else:
             super()._load_best_model()
+
+
+def no_checkpoint(output_dir: str, asked: RunIdentity) -> str:
+    """What to say where nothing in a folder can be resumed, with what is there and why not."""
+    reasons = [f"{os.path.basename(name)}: {reason}" for name, reason in reasons_against(output_dir, asked).items()]
+    passed_over = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    return (
+        f"resume_from_checkpoint=True: there is no whole checkpoint of this run in {output_dir}{passed_over}; leave it "
+        "away to start afresh"
+    )

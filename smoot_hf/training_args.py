@@ -24,7 +24,7 @@ _NO_SETTINGS = {
     *("per_device_eval_batch_size", "resume_from_checkpoint", "remove_unused_columns", "dataloader_num_workers"),
     *("dataloader_pin_memory", "accelerator_config", "fsdp_config", "trackio_space_id"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
-    "hub_revision",
+    *("hub_revision", "overwrite_output_dir"),
 }
 
 
@@ -64,6 +64,9 @@ class SmootTrainingArguments(TrainingArguments):
         deletion_auc_samples: every evaluation reports `deletion_auc` (`evaluate_faithfulness`; lower is better) over
             this many images of the evaluation set, so that it may be the `metric_for_best_model` (`greater_is_better`
             is then False by default); 0 leaves it out.
+        overwrite_output_dir: begin a new training although `output_dir` holds another one's checkpoints, which is
+            refused otherwise. They stay until the new training writes one of the same step or `save_total_limit`
+            removes them; `resume_from_checkpoint=True` passes over them.
 
     Raises:
         ValueError: a field is out of its range, or contradicts the direction of `metric_for_best_model`; the message
@@ -107,6 +110,11 @@ class SmootTrainingArguments(TrainingArguments):
 
     deletion_auc_samples: int = _argument(
         0, "Report deletion_auc (lower is better) over this many evaluation images at every evaluation; 0: do not."
+    )
+    overwrite_output_dir: bool = _argument(
+        False,
+        "Begin a new training although output_dir holds another one's checkpoints; they stay, and are passed over when "
+        "this one is resumed.",
     )
 
     def __post_init__(self) -> None:

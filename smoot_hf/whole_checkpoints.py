@@ -1,12 +1,16 @@
-"""Whole checkpoints: a process that is killed while it saves leaves a part of one, which must not be taken up.
+"""Whole checkpoints of one run: which of the folders that lie in an output folder may be taken up.
 
-The first process writes `trainer_state.json` after everything else, so a folder in which it can be read holds the rest
-as well. The stock Trainer takes the newest folder, whole or not.
+A process that is killed while it saves leaves a part of a checkpoint. The first process writes `trainer_state.json`
+after everything else, so a folder in which it can be read holds the rest as well. Checkpoints of another run may lie
+beside those of this one, and be of later steps. The stock Trainer takes the newest folder, whole or not, and of
+whatever run.
 """
 
 import json
 import os
+import shutil
 import zipfile
+from collections.abc import Collection
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -16,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from .budget_file import MASK_BUDGET_NAME, DamagedBudgetError, read_budget
+from .run_identity import RUN_IDENTITY_NAME, DamagedIdentityError, RunIdentity
 
 logger = logging.get_logger(__name__)
 
@@ -39,25 +44,23 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
     for name in names:
         if not _can_be_read(os.path.join(folder, name)):
             return f"{name} is damaged: it cannot be read to its end"
-    if MASK_BUDGET_NAME in names and not _is_intact(os.path.join(folder, MASK_BUDGET_NAME)):
-        return f"{MASK_BUDGET_NAME} is damaged: its content is not what was written"
+    try:
+        RunIdentity.load(folder)
+        if MASK_BUDGET_NAME in names:
+            read_budget(os.path.join(folder, MASK_BUDGET_NAME))
+    except DamagedBudgetError as error:
+        return f"{MASK_BUDGET_NAME} is damaged: {error.reason}"
+    except DamagedIdentityError:
+        return f"{RUN_IDENTITY_NAME} is damaged: it does not name a run"
+    except ValueError:
+        # K in a format that only another version of this package can read: not known to be damaged.
+        pass
     if SAFE_WEIGHTS_INDEX_NAME in names:
         with open(os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME), encoding="utf-8") as file:
             missing = sorted(set(json.load(file)["weight_map"].values()) - set(names))
         if missing:
             return f"it has no {missing[0]}"
     return None
-
-
-def _is_intact(path: str) -> bool:
-    """Whether K is as it was written, or is of a format of which only its own version of this package can tell."""
-    try:
-        read_budget(path)
-    except DamagedBudgetError:
-        return False
-    except ValueError:
-        return True
-    return True
 
 
 def _can_be_read(path: str) -> bool:
@@ -86,29 +89,99 @@ def checkpoint_folders(output_dir: str | os.PathLike[str]) -> list[str]:
     return [os.path.join(output_dir, f"{prefix}{number}") for number in numbers]
 
 
-def newest_whole_checkpoint(output_dir: str | os.PathLike[str], accelerator: Accelerator | None = None) -> str | None:
-    """The newest checkpoint that is whole; warns of newer ones that are not.
+def newest_whole_checkpoint(
+    output_dir: str | os.PathLike[str], accelerator: Accelerator | None = None, asked: RunIdentity | None = None
+) -> str | None:
+    """The newest checkpoint of the folder's run that is whole; warns of newer ones that are passed over.
+
+    The folder's own `run_identity.json` says which run that is. A checkpoint that does not say which run it is of (a
+    plain `Trainer`'s, or one of version 0.1.0) is taken with a warning where the folder does not say so either.
 
     Args:
         output_dir: folder of the run.
         accelerator: of the training that is to go on, whose processes call this together: the checkpoint must be whole
             for each of them, on whatever machine's disk it looks.
+        asked: what is known of the run whose checkpoint is wanted, `None` where the folder alone decides.
 
     Returns:
         The folder, `None` where there is none.
+
+    Raises:
+        ValueError: the folder holds checkpoints of several runs, and nothing says which of them is asked for; or its
+            `run_identity.json` is damaged.
     """
     folders = checkpoint_folders(output_dir)
-    damages = {folder: damage for folder in folders if (damage := find_damage(folder))}
-    usable = set(folders) - set(damages)
+    reasons = reasons_against(output_dir, asked)
+    usable = set(folders) - set(reasons)
     if accelerator is not None and accelerator.num_processes > 1:
         usable = set.intersection(*gather_object([usable]))
-    for folder in folders:
-        if folder in usable:
-            return folder
-        if accelerator is None or accelerator.is_main_process:
-            damage = damages.get(folder, "another process does not find it whole")
-            logger.warning(f"{folder} is not a whole checkpoint and is passed over: {damage}")
-    return None
+    found = next((folder for folder in folders if folder in usable), None)
+    if accelerator is not None and not accelerator.is_main_process:
+        return found
+    for folder in folders[: None if found is None else folders.index(found)]:
+        reason = reasons.get(folder, "another process does not find it whole")
+        logger.warning(f"{folder} is passed over: {reason}")
+    if found is not None and RunIdentity.load(found) is None:
+        logger.warning(f"{found} is taken, though nothing in it says which run it is of (no {RUN_IDENTITY_NAME})")
+    return found
+
+
+def reasons_against(output_dir: str | os.PathLike[str], asked: RunIdentity | None = None) -> dict[str, str]:
+    """The checkpoints in a folder that cannot be taken up, each with the reason: not whole, or of another run.
+
+    Raises:
+        ValueError: as `newest_whole_checkpoint`.
+    """
+    own = RunIdentity.load(output_dir)
+    reasons: dict[str, str] = {}
+    runs: dict[str, str] = {}
+    for folder in checkpoint_folders(output_dir):
+        damage = find_damage(folder)
+        if damage is not None:
+            reasons[folder] = f"it is not a whole checkpoint: {damage}"
+            continue
+        identity = RunIdentity.load(folder)
+        if identity is None:
+            if own is not None:
+                reasons[folder] = f"it does not say which run it is of, and the folder is that of {own}"
+            continue
+        other = identity.difference(asked or RunIdentity())
+        if other is not None:
+            reasons[folder] = f"it is of another run: {other}"
+        elif own is not None and identity.run_id != own.run_id:
+            reasons[folder] = f"it is of another run: {identity}; the folder is that of {own}"
+        else:
+            runs.setdefault(str(identity.run_id), folder)
+    if len(runs) > 1:
+        newest = ", ".join(map(os.path.basename, runs.values()))
+        raise ValueError(
+            f"{output_dir} holds checkpoints of {len(runs)} runs ({newest}) and no {RUN_IDENTITY_NAME} that says which "
+            "is meant: name the checkpoint, or keep each run in a folder of its own"
+        )
+    return reasons
+
+
+def refuse_other_runs(output_dir: str | os.PathLike[str], known: Collection[str] = ()) -> None:
+    """Refuse to begin a training where its checkpoints would lie among another's.
+
+    Args:
+        output_dir: folder of the run.
+        known: ids of the runs that the same trainer has begun.
+
+    Raises:
+        ValueError: a whole checkpoint of another run is there.
+    """
+    for folder in checkpoint_folders(output_dir):
+        if find_damage(folder) is not None:
+            continue
+        identity = RunIdentity.load(folder)
+        if identity is None or identity.run_id not in known:
+            whose = "" if identity is None else f" ({identity})"
+            raise ValueError(
+                f"{output_dir} holds {os.path.basename(folder)} of another run{whose}: give this one an output_dir of "
+                "its own, go on with that one by resume_from_checkpoint=True, or set overwrite_output_dir=True to "
+                "begin here all the same"
+            )
 
 
 def require_one_content(digest: str, path: str, accelerator: Accelerator) -> None:
@@ -124,7 +197,16 @@ def require_one_content(digest: str, path: str, accelerator: Accelerator) -> Non
 
 
 def begin_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Let a folder that is about to be written again, after a resume from an earlier one, not pass for whole."""
+    """Empty a folder that is about to be written again, so that nothing of another run or an earlier try is left in it.
+
+    The file that declares it whole goes first.
+    """
     state = os.path.join(folder, TRAINER_STATE_NAME)
     if os.path.isfile(state):
         os.remove(state)
+    if os.path.isdir(folder):
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.remove(entry.path)

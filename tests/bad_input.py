@@ -20,6 +20,10 @@ from PIL import Image
 
 from smoot_hf import SmootTrainer, SmootTrainingArguments
 
+# A new training is to begin where a checkpoint of another lies, which must survive.
+KEPT = QUICK | {"overwrite_output_dir": True}
+# Written when a training begins.
+ABOUT_THE_RUN = ("run.json", "run_identity.json")
 RECIPES = Path(__file__).parent.parent / "recipes"
 FEATURES = Features({"image": datasets.Image(), "label": ClassLabel(names=["cat", "dog"])})
 
@@ -55,7 +59,7 @@ def judge(case, folder, capsys):
 
 def contents(folder):
     """Hash of every file of a model, a checkpoint or K below a folder."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "run.json"]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ABOUT_THE_RUN]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -65,6 +69,8 @@ def train_recipe(*argv):
     def attempt(folder):
         main = importlib.import_module("train").main
         quick = ["--use_cpu", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
+        # The folder holds the checkpoint that must survive.
+        quick += ["--overwrite_output_dir", "true"]
         defaults = {"dataset": "digits", "max_train_samples": 16, "max_eval_samples": 8}
         main(defaults, argv=[*quick, "--output_dir", str(folder / "run"), *(a.format(folder) for a in argv)])
 
@@ -72,7 +78,7 @@ def train_recipe(*argv):
 
 
 def args_of(folder, **overrides):
-    return SmootTrainingArguments(**{"output_dir": str(folder / "run")} | QUICK | {"max_steps": 3} | overrides)
+    return SmootTrainingArguments(**KEPT | {"output_dir": str(folder / "run"), "max_steps": 3} | overrides)
 
 
 def trainer_of(folder, model="vit", data=None, eval_dataset=None, trainer=SmootTrainer, **overrides):

@@ -131,6 +131,20 @@ def lost_budget_refusal(folder, saved, rank):
         return str(error)
 
 
+def other_seed(folder):
+    """What is said where a run of another seed begins, or resumes, in a folder; the id of one that may begin there."""
+    said = []
+    for resume, may_begin in ((None, False), (True, False), (None, True)):
+        args = SmootTrainingArguments(str(folder), **QUICK, seed=1, overwrite_output_dir=may_begin)
+        trainer = SmootTrainer(build("vit"), args, train_dataset=TinyImages(24))
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+            said.append(trainer.run_identity.run_id)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def main(folder, saved=None, names=None):
     """Train everything, or what `names` has; with `saved` also the rest of the run whose checkpoint that folder is."""
     torch.use_deterministic_algorithms(True)
@@ -145,6 +159,7 @@ def main(folder, saved=None, names=None):
                 shutil.copytree(saved, run / "checkpoint-4")
                 (run / "checkpoint-5").mkdir()  # torn: to be passed over by all ranks
         results["resumed"] = train("vit", run, args.world_size, resume=True)
+        results["other_seed"] = other_seed(run)
         results["lost_budget"] = lost_budget_refusal(folder, saved, args.process_index)
     if args.world_size > 1 and not names:
         results["fsdp"] = fsdp_refusal(folder)

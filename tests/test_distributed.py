@@ -132,6 +132,18 @@ def test_batchnorm_trains_as_with_a_plain_trainer(processes, results):
 
 
 @pytest.mark.parametrize("processes", SEVERAL)
+def test_a_run_of_another_seed_is_kept_apart_on_every_rank(processes, results):
+    """Catches a rank that begins where another refuses and waits for it forever, and an id of each rank's own."""
+    said = [rank["other_seed"] for rank in results[processes]]
+    assert all(one == said[0] for one in said)
+    fresh, resumed, run_id = said[0]
+    assert "of another run (run " in fresh
+    assert "no whole checkpoint of this run" in resumed
+    assert "its seed is 42, not 1" in resumed
+    assert len(run_id) == 32
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
 def test_a_checkpoint_of_one_process_is_continued_by_several(processes, results):
     """Catches first visits or K of the main process alone, and ranks that take up different checkpoints."""
     require_one_training(results[processes], "resumed")

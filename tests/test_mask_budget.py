@@ -1,6 +1,6 @@
 """K of every sample: bounds, first visits, duplicates, statistics, file."""
 
-import hashlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from smoot_hf import MaskBudget
+from smoot_hf.budget_file import _digest
+from smoot_hf.fingerprint import dataset_fingerprint
 from smoot_hf.mask_budget import pixels_of_ratio
 
 
@@ -227,16 +229,93 @@ def test_a_file_altered_or_cut_off_in_any_byte_is_refused(tmp_path):
     assert mine.epoch is None
 
 
-def test_a_file_of_the_first_format_can_be_read(tmp_path):
-    """Catches the K of an earlier run lost; the digest of that format is of the tensors alone."""
-    path, saved = tmp_path / "k.safetensors", moved_budget()
-    saved.save(path)
+def test_a_file_of_version_0_1_0_can_be_read_and_taken_up():
+    """Catches the K of an earlier run lost: it does not say which run it is of, and its data by another fingerprint."""
+    path = Path(__file__).parent / "mask_budget_of_0.1.0.safetensors"
+    assert MaskBudget.load(path).k.tolist() == [11, 5, 8, 8, 8, 8]
+    meaning = {"saliency_score": "logit", "signed_saliency": True, "saliency_target": "label", "mask_fill": "uniform"}
+    data = Dataset.from_dict({"x": list(range(6)), "labels": [0] * 6})
+    mine = budget(6, (4, 4), meaning=meaning, dataset_fingerprint=dataset_fingerprint(data))
+    mine.restore(path, {"run_id": None, "seed": 3, "global_step": 7})
+    assert mine.k.tolist() == [11, 5, 8, 8, 8, 8]
+    assert mine.epoch == 2
+    with pytest.raises(ValueError, match="run_id is None there and abc here"):
+        mine.restore(path, {"run_id": "abc"})
+
+
+ORIGIN = {"run_id": "abc", "seed": 0, "global_step": 4}
+
+
+@pytest.mark.parametrize(
+    "other", [{"run_id": "xyz"}, {"seed": 1}, {"global_step": 8}], ids=lambda other: next(iter(other))
+)
+def test_k_of_another_run_seed_or_step_is_refused(other, tmp_path):
+    """Catches a K file copied from a later checkpoint, or from the run of another seed, of which all else is equal."""
+    path, mine = tmp_path / "k.safetensors", budget(dataset_fingerprint="abc")
+    moved_budget().save(path, ORIGIN)
+    with pytest.raises(ValueError, match=r"is of another training, or of another time in it: .* there and .* here"):
+        mine.restore(path, ORIGIN | other)
+    assert mine.k.tolist() == [50] * 10
+    mine.restore(path, ORIGIN)
+    assert mine.k[:3].tolist() == [60, 40, 53]
+
+
+def crafted(path, k=None, has_moved=None, **metadata):
+    """A file by hand: what it says fits its digest. An entry of `None` is left out."""
+    moved_budget().save(path)
     with safe_open(path, "pt") as file:
-        metadata, k, has_moved = file.metadata(), file.get_tensor("k"), file.get_tensor("has_moved")
-    metadata["format"] = "smoot_hf.mask_budget/1"
-    metadata["sha256"] = hashlib.sha256(k.numpy().tobytes() + has_moved.numpy().tobytes()).hexdigest()
-    save_file({"k": k, "has_moved": has_moved}, path, metadata=metadata)
-    assert torch.equal(MaskBudget.load(path).k, saved.k)
+        said = file.metadata() | metadata
+        tensors = {"k": file.get_tensor("k") if k is None else k}
+        tensors["has_moved"] = file.get_tensor("has_moved") if has_moved is None else has_moved
+    said = {name: value for name, value in said.items() if value is not None}
+    if tensors["k"].dtype != torch.bfloat16:
+        said["sha256"] = _digest(tensors["k"], tensors["has_moved"], said)
+    save_file(tensors, path, metadata=said)
+
+
+CRAFTED = {
+    "K of two dimensions": {"k": torch.full((10, 1), 50, dtype=torch.int32)},
+    "K of none": {"k": torch.tensor(50, dtype=torch.int32)},
+    "K of no samples": {"k": torch.zeros(0, dtype=torch.int32), "has_moved": torch.zeros(0, dtype=torch.bool),
+                        "num_samples": "0"},
+    "K in int64": {"k": torch.full((10,), 50)},
+    "K in bfloat16": {"k": torch.full((10,), 50, dtype=torch.bfloat16)},
+    "K outside its bounds": {"k": torch.full((10,), 90, dtype=torch.int32)},
+    "K below 0": {"k": torch.full((10,), -1, dtype=torch.int32)},
+    "a flag for all": {"has_moved": torch.ones(1, dtype=torch.bool)},
+    "flags of two dimensions": {"has_moved": torch.ones(10, 10, dtype=torch.bool)},
+    "flags in uint8": {"has_moved": torch.ones(10, dtype=torch.uint8)},
+    "another number of samples": {"num_samples": "11"},
+    **{f"no {name}": {name: None} for name in ("epoch", "image_height", "image_width", "k_min", "k_max",
+                                               "num_samples")},
+    "an epoch in words": {"epoch": "four"},
+    "an epoch of 400 digits": {"epoch": "1" * 400},
+    "an epoch below 0": {"epoch": "-1"},
+    "no height": {"image_height": "0"},
+    "more pixels than any image": {"image_height": "100000000"},
+    "bounds the other way round": {"k_min": "90", "k_max": "20"},
+    "a bound above the pixels": {"k_max": "101"},
+    "a bound below 0": {"k_min": "-20"},
+    "a bound of NaN": {"k_max": "nan"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_file_is_one_error_that_names_it(name, tmp_path):
+    """Catches torch's own words, memory for a billion pixels, and one flag that is taken for those of all samples."""
+    path, mine = tmp_path / "k.safetensors", budget(dataset_fingerprint="abc")
+    crafted(path, **CRAFTED[name])
+    for read in (MaskBudget.load, mine.restore):
+        with pytest.raises(ValueError, match=r"mask budget .*k\.safetensors is damaged: .*; resume from an earlier"):
+            read(path)
+    assert mine.k.tolist() == [50] * 10
+    assert mine.epoch is None
+
+
+def test_a_file_by_hand_can_be_right(tmp_path):
+    """Catches a `crafted` whose files are refused whatever stands in them."""
+    crafted(tmp_path / "k.safetensors")
+    assert torch.equal(MaskBudget.load(tmp_path / "k.safetensors").k, moved_budget().k)
 
 
 def test_a_failed_save_leaves_the_previous_file(tmp_path, monkeypatch):

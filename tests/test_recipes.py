@@ -16,7 +16,7 @@ from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, TrainingArguments
 
-from smoot_hf import SmootTrainingArguments
+from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
 from smoot_hf.data import load_image_dataset
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -117,6 +117,9 @@ def test_output_directory_names_the_run():
         "runs/cifar-deit-tiny-sgt"
     )
     assert parse("train_mnist", "--output_dir", "here")[0].output_dir == "here"
+    # Seeds are runs of their own; the default one needs no mention.
+    assert parse("train_mnist", "--seed", "7")[0].output_dir == "runs/mnist-cnn-smoot-seed7"
+    assert parse("train_mnist", "--seed", "42")[0].output_dir == "runs/mnist-cnn-smoot"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_a_wrong_command_line_is_one_line(argv, message, capsys):
         (["--max_train_samples", "0"], "max_train_samples must be at least 1"),
         (["--crop_padding", "-1"], "crop_padding must be at least 0"),
         (["--resume_from_checkpoint", "nowhere"], "no checkpoint in nowhere"),
-        (["--resume_from_checkpoint", "true"], "no checkpoint in runs/digits-cnn-smoot"),
+        (["--resume_from_checkpoint", "true"], "no whole checkpoint of this run in runs/digits-cnn-smoot;"),
     ],
 )
 def test_wrong_data_or_model_are_one_line(argv, message, capsys):
@@ -356,6 +359,71 @@ def test_resumed_run_goes_on():
     state = json.loads(Path("runs/digits-cnn-smoot/trainer_state.json").read_text())
     assert state["epoch"] == 2
     assert [entry["epoch"] for entry in state["log_history"] if "loss" in entry] == [1.0, 2.0]
+
+
+def refused(capsys, *argv):
+    """The line that a recipe ends with, which has not trained."""
+    with pytest.raises(SystemExit) as stop:
+        run("train_digits", *argv)
+    assert stop.value.code == 2
+    return one_line(capsys)
+
+
+def test_a_second_run_in_the_folder_of_a_first_one_is_refused_or_its_own(capsys):
+    """Fault: it goes on from the first one's checkpoint, or takes its record's place before it is refused."""
+    short = ["--num_train_epochs", "1", "--output_dir", "run"]
+    run("train_digits", *short, "--seed", "0")
+    record = Path("run/run.json").read_text()
+    capsys.readouterr()
+    assert "holds checkpoint-4 of another run (run " in refused(capsys, *short, "--seed", "1")
+    resume = ["--resume_from_checkpoint", "true"]
+    assert "its seed is 0, not 1" in refused(capsys, *short, "--seed", "1", *resume)
+    assert "its method is smoot, not sgt" in refused(capsys, *short, "--seed", "0", "--method", "sgt", *resume)
+    # Other data show only once they are there.
+    train, digits = importlib.import_module("train"), importlib.import_module("train_digits")
+    with pytest.raises(SystemExit) as stop:
+        train.main(digits.DEFAULTS, argv=[*QUICK, *short, "--seed", "0", *resume, "--max_train_samples", "40"])
+    assert stop.value.code == 1
+    assert "its dataset_fingerprint is v2-" in one_line(capsys)
+    assert Path("run/run.json").read_text() == record
+    run("train_digits", *short, "--seed", "1", "--overwrite_output_dir", "true")
+    assert json.loads(Path("run/run.json").read_text())["seed"] == 1
+
+
+def test_what_reads_a_run_reads_that_run(monkeypatch):
+    """Fault: the model, or the K, that an earlier run has left in the folder of one that is under way."""
+    checkpoints = importlib.import_module("checkpoints")
+    train = importlib.import_module("train")
+    short = ["--output_dir", "run", "--save_total_limit", "9"]
+    run("train_digits", *short, "--seed", "0", "--num_train_epochs", "2")
+    assert checkpoints.saved_model("run") == "run"
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(step):
+        class Dying(SmootTrainer):
+            def training_step(self, *args, **kwargs):
+                if self.state.global_step == step:
+                    raise Killed
+                return super().training_step(*args, **kwargs)
+
+        monkeypatch.setattr(train, "SmootTrainer", Dying)
+        with pytest.raises(Killed):
+            run("train_digits", *short, "--seed", "1", "--num_train_epochs", "2", "--overwrite_output_dir", "true")
+
+    images = checkpoints.recorded_images(Path("run"), "train")
+    kill_at(1)
+    with pytest.raises(ValueError, match="run is the folder of a run that has saved nothing yet"):
+        checkpoints.saved_model("run")
+    with pytest.raises(ValueError, match="run holds no checkpoint with mask_budget"):
+        checkpoints.load_budget(Path("run"), images)
+    kill_at(5)
+    newest = Path("run/checkpoint-4")
+    assert Path("run/checkpoint-8").is_dir()
+    assert checkpoints.saved_model("run") == str(newest)
+    expected = MaskBudget.load(newest / "mask_budget.safetensors").k
+    assert torch.equal(checkpoints.load_budget(Path("run"), images).k, expected)
 
 
 def test_a_limited_data_set_has_all_classes(tmp_path):

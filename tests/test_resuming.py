@@ -87,6 +87,7 @@ def test_a_finished_training_is_continued_for_more_epochs(quick_trainer):
     """Catches first visits of the last epoch that block the next one's, and a K that starts afresh."""
     settings = {"max_steps": -1, "save_strategy": "epoch", "lr_scheduler_type": "constant", "step_size": 500}
     settings |= {"logging_steps": 1}
+    settings |= {"overwrite_output_dir": True}
     whole, short, longer = (quick_trainer(**settings, num_train_epochs=epochs) for epochs in (4, 2, 4))
     short.train()
     longer.train(resume_from_checkpoint=True)

@@ -61,7 +61,7 @@ def test_a_save_cut_off_anywhere_is_passed_over(run, said):
             shutil.copytree(folder / "checkpoint-6", folder / "checkpoint-8")
             tear(folder / "checkpoint-8", name, how)
             assert newest_whole_checkpoint(folder) == str(folder / "checkpoint-6"), (name, how)
-            assert "checkpoint-8 is not a whole checkpoint and is passed over" in said.pop()
+            assert "checkpoint-8 is passed over: it is not a whole checkpoint: " in said.pop()
             shutil.rmtree(folder / "checkpoint-8")
     assert newest_whole_checkpoint(folder) == str(folder / "checkpoint-6")
     assert said == []
@@ -127,7 +127,7 @@ def test_without_a_whole_checkpoint_there_is_one_error(run, quick_trainer):
     _, folder = run
     for step in (2, 4, 6):
         tear(folder / f"checkpoint-{step}", "optimizer.pt", "half")
-    with pytest.raises(ValueError, match=r"there is no whole checkpoint in .*run; leave it away to start afresh"):
+    with pytest.raises(ValueError, match=r"no whole checkpoint of this run in .*run .*; leave it away to start afresh"):
         quick_trainer(**SAVES).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"checkpoint-6 is not a whole checkpoint: it has no trainer_state\.json"):
         quick_trainer(**SAVES).train(resume_from_checkpoint=str(folder / "checkpoint-6"))
