@@ -123,7 +123,9 @@ class Row:
 
     def trainer(self, model=None, trainer_class=SmootTrainer, trainer_kwargs=None, **overrides):
         rate = {"learning_rate": RATES.get(self.name, SETTINGS["learning_rate"])}
-        args = SmootTrainingArguments(**{"output_dir": str(self.folder)} | SETTINGS | rate | overrides)
+        # Several trainings of a row save into its folder, one after the other.
+        defaults = {"output_dir": str(self.folder), "overwrite_output_dir": True}
+        args = SmootTrainingArguments(**defaults | SETTINGS | rate | overrides)
         others = {"train_dataset": self.data()} | (trainer_kwargs or {})
         if model is None and "model_init" not in others:
             model = self.model()
