@@ -26,9 +26,10 @@ from smoot_hf import (
     PaperCnnForImageClassification,
     SmootTrainingArguments,
 )
-from smoot_hf.budget_file import MASK_BUDGET_NAME
-from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
-from smoot_hf.masked_step import masked_step
+from smoot_hf.data.dataset import load_image_dataset
+from smoot_hf.data.decoded_images import DecodedImages, decode_images
+from smoot_hf.training.mask_budget_file import MASK_BUDGET_NAME
+from smoot_hf.training.masked_step import masked_step
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/digits-cnn-loop",

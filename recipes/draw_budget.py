@@ -21,15 +21,15 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from checkpoints import load_budget, recorded_images
-from figures import DPI, STYLE, WIDTH
-from flags import OneLineParser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 
 from smoot_hf import MaskBudget
-from smoot_hf.data import DecodedImages
+from smoot_hf.data.decoded_images import DecodedImages
+from smoot_hf.experiments.checkpoint import load_budget, recorded_images
+from smoot_hf.experiments.figures import DPI, STYLE, WIDTH
+from smoot_hf.experiments.flags import OneLineParser
 
 _MOST_BARS = 48
 _COLOUR = STYLE["smoot"][0]

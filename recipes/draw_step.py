@@ -11,11 +11,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from checkpoints import load_budget, load_checkpoint
 from torch import Tensor
 
 from smoot_hf import functional as SF
-from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.data.dataset import load_image_dataset
+from smoot_hf.data.decoded_images import DecodedImages, decode_images
+from smoot_hf.experiments.checkpoint import load_budget, load_checkpoint
 
 ROWS = ("image", "saliency", "least salient K", "masked")
 

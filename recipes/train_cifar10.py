@@ -27,7 +27,7 @@ Other models: `--from_scratch --patch_size 4` trains DeiT-tiny on the 32x32 pixe
 --saliency_score log_prob` the CNN of the other recipes. Without network, --dataset and --model take local directories.
 """
 
-from flags import check_flags
+from smoot_hf.experiments.flags import check_flags
 
 DEFAULTS = {
     "dataset": "uoft-cs/cifar10",
@@ -43,6 +43,6 @@ DEFAULTS = {
 if __name__ == "__main__":
     check_flags(DEFAULTS, __doc__)
     # Only now, since it takes ten seconds.
-    from train import main
+    from smoot_hf.experiments.training_run import main
 
     main(DEFAULTS)

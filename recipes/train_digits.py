@@ -19,7 +19,7 @@ Settings that differ from the library's defaults, and why:
   saliency_score             log_prob: the published CNN ends in a log-softmax, whose gradient it takes.
 """
 
-from flags import check_flags
+from smoot_hf.experiments.flags import check_flags
 
 DEFAULTS = {
     "dataset": "digits",
@@ -37,6 +37,6 @@ DEFAULTS = {
 if __name__ == "__main__":
     check_flags(DEFAULTS, __doc__)
     # Only now, since it takes ten seconds.
-    from train import main
+    from smoot_hf.experiments.training_run import main
 
     main(DEFAULTS)

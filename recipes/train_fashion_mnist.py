@@ -9,14 +9,15 @@ The settings are those of train_mnist.py, and their reasons stand there. The dat
 of the Hub; --dataset takes a local directory of the same Parquet files.
 """
 
-from flags import check_flags
 from train_mnist import DEFAULTS as MNIST
+
+from smoot_hf.experiments.flags import check_flags
 
 DEFAULTS = MNIST | {"dataset": "zalando-datasets/fashion_mnist"}
 
 if __name__ == "__main__":
     check_flags(DEFAULTS, __doc__)
     # Only now, since it takes ten seconds.
-    from train import main
+    from smoot_hf.experiments.training_run import main
 
     main(DEFAULTS)

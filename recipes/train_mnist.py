@@ -21,7 +21,7 @@ Signed ranking of the gradient, step_size 10 pixels, kl_weight 1 and mask_ratio 
 The data are "ylecun/mnist" of the Hub; --dataset takes a local directory of the same Parquet files.
 """
 
-from flags import check_flags
+from smoot_hf.experiments.flags import check_flags
 
 DEFAULTS = {
     "dataset": "ylecun/mnist",
@@ -39,6 +39,6 @@ DEFAULTS = {
 if __name__ == "__main__":
     check_flags(DEFAULTS, __doc__)
     # Only now, since it takes ten seconds.
-    from train import main
+    from smoot_hf.experiments.training_run import main
 
     main(DEFAULTS)

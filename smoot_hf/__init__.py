@@ -1,29 +1,15 @@
-"""SMOOT for Hugging Face: a Trainer that makes saliency maps sharp and faithful."""
+"""SMOOT for Hugging Face: a Trainer that makes saliency maps sharp and faithful.
 
-from . import functional
-from .comparison import compare_faithfulness
-from .convention import Convention
-from .evaluation import Faithfulness, evaluate_faithfulness
-from .input_pipeline import InputPipeline
-from .mask_budget import MaskBudget
-from .mixin import SmootMixin
-from .models import PaperCnnConfig, PaperCnnForImageClassification
-from .trainer import SmootTrainer
-from .training_args import SmootTrainingArguments
+The public names are listed in `__init__.pyi`. Each is imported when it is first used, so that `import smoot_hf` and the
+command `smoot-hf --help` do not wait for torch and transformers.
+"""
+
+import lazy_loader
+
+from .former_places import serve_former_places
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Convention",
-    "Faithfulness",
-    "InputPipeline",
-    "MaskBudget",
-    "PaperCnnConfig",
-    "PaperCnnForImageClassification",
-    "SmootMixin",
-    "SmootTrainer",
-    "SmootTrainingArguments",
-    "compare_faithfulness",
-    "evaluate_faithfulness",
-    "functional",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+serve_former_places()

@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from smoot_hf import PaperCnnConfig, PaperCnnForImageClassification, SmootTrainer, SmootTrainingArguments
-from smoot_hf.masked_step import masked_step
+from smoot_hf.training.masked_step import masked_step
 
 SIZE, CHANNELS, CLASSES = 8, 3, 4
 
@@ -228,7 +228,7 @@ class StepRecorder:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        monkeypatch.setattr("smoot_hf.mixin.masked_step", self)
+        monkeypatch.setattr("smoot_hf.training.trainer.masked_step", self)
 
     def __call__(self, model, images, labels, sample_idx, k, epoch, args, **others):
         call = {"images": images, "labels": labels, "sample_idx": sample_idx, "k": k, "epoch": epoch}

@@ -9,8 +9,9 @@ from conftest import QUICK, PixelImages, TinyImages, build, freeze_batch_statist
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments, mixin
-from smoot_hf.masked_step import masked_step
+from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
+from smoot_hf.training import trainer as mixin
+from smoot_hf.training.masked_step import masked_step
 
 GLOBAL_BATCH = 8
 # What a run departs from: a ViT without dropout, 24 images, 2 epochs of 3 steps.

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from smoot_hf.card_metadata import metadata
-from smoot_hf.card_text import card_text
+from smoot_hf.evaluation.results import Measurement, Results, Row
 from smoot_hf.markup import figure_text, markdown_code, markdown_link, markdown_text, one_line
-from smoot_hf.results import Measurement, Results, Row
+from smoot_hf.publishing.card import metadata
+from smoot_hf.publishing.card_text import card_text
 
 # Old releases of matplotlib warn of what their own dependencies will drop; its font lacks most of the world's letters.
 pytestmark = [

@@ -46,13 +46,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor, nn
 
-from smoot_hf.attributions import LogitsModel
-from smoot_hf.convention import Convention
-from smoot_hf.evaluation import evaluate_faithfulness
+from smoot_hf.evaluation.convention import Convention
+from smoot_hf.evaluation.faithfulness import evaluate_faithfulness
 from smoot_hf.functional.perturbation import CPU_CHUNK
 from smoot_hf.functional.removal import even_fractions
-from smoot_hf.model_state import untouched
-from smoot_hf.models import load_model
+from smoot_hf.models.classifier import load_model
+from smoot_hf.models.logits import LogitsModel
+from smoot_hf.models.state import untouched
 
 # Steps that Quantus can take: it wants H * W to be a multiple of the values flipped in a step, and flips C * H * W.
 MODELS = {"cnn": {"channels": 1, "side": 28, "steps": 8}, "deit-tiny": {"channels": 3, "side": 32, "steps": 12}}

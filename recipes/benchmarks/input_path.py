@@ -35,7 +35,8 @@ from torchvision import transforms
 from transformers import Trainer, TrainingArguments
 
 from smoot_hf import InputPipeline, PaperCnnConfig, PaperCnnForImageClassification, SmootTrainer, SmootTrainingArguments
-from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.data.dataset import load_image_dataset
+from smoot_hf.data.decoded_images import DecodedImages, decode_images
 
 BATCH = 256
 PADDING = 4

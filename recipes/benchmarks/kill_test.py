@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from smoot_hf.budget_file import MASK_BUDGET_NAME
-from smoot_hf.whole_checkpoints import checkpoint_folders, find_damage
+from smoot_hf.training.checkpoint_folder import checkpoint_folders, find_damage
+from smoot_hf.training.mask_budget_file import MASK_BUDGET_NAME
 
 RECIPE = Path(__file__).resolve().parent.parent / "train_digits.py"
 SETTINGS = [

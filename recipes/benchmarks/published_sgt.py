@@ -17,7 +17,7 @@ from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smoot_hf.attributions import LogitsModel
+from smoot_hf.models.logits import LogitsModel
 
 
 def published_sgt_loss(

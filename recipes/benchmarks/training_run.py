@@ -32,7 +32,8 @@ from training_step import MODELS
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
-from smoot_hf.data import DecodedImages, decode_images, load_image_dataset
+from smoot_hf.data.dataset import load_image_dataset
+from smoot_hf.data.decoded_images import DecodedImages, decode_images
 
 Method = Literal["standard", "smoot"]
 WARM_UP = 2

@@ -1,0 +1,7 @@
+"""From data sets on the Hub or in folders to batches that a model takes."""
+
+from .dataset import load_image_dataset
+from .decoded_images import DecodedImages, decode_images
+from .input_pipeline import InputPipeline
+
+__all__ = ["DecodedImages", "InputPipeline", "decode_images", "load_image_dataset"]

@@ -1,0 +1,24 @@
+"""How faithful the saliency of a classifier is, however it was trained."""
+
+from .attributions import attribute
+from .comparison import PairedDifference, compare_faithfulness
+from .convention import Convention
+from .faithfulness import Curve, Faithfulness, evaluate_faithfulness
+from .image_classes import ImageClasses, find_image_classes
+from .results import Results, load_results
+from .sanity_check import randomized_weights_correlation
+
+__all__ = [
+    "Convention",
+    "Curve",
+    "Faithfulness",
+    "ImageClasses",
+    "PairedDifference",
+    "Results",
+    "attribute",
+    "compare_faithfulness",
+    "evaluate_faithfulness",
+    "find_image_classes",
+    "load_results",
+    "randomized_weights_correlation",
+]

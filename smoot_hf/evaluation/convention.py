@@ -1,0 +1,131 @@
+"""The convention of a faithfulness measurement: what must be known of a number before it is compared with another."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..functional.removal import Fill, check_choice, even_fractions, removed_counts
+from ..models.logits import AttributionScore
+
+Target = Literal["label", "predicted"]
+Normalisation = Literal["none", "span"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a deletion or insertion curve and its area were measured.
+
+    On one MNIST network these choices moved the area further than the training method did, so every number carries
+    them. Pixels are removed most salient first, all channels of a position at once; values are in percent.
+
+    Attributes:
+        attribution: the method that ranks the positions, by name.
+        score: whose gradient it is, the `"logit"` or `"log_prob"` of the class; `None` where the order is random, or a
+            function of the caller's, which decides for itself, ranks the positions.
+        signed: ranked by the signed value or (`False`) by the magnitude, see `attributions.attribute`; `None` as above.
+        target: the class that is explained and followed: the true `"label"`, or the one `"predicted"` on the whole
+            image.
+        measure: `"accuracy"`: share of images whose highest output is the target's; `"probability"`: its softmax
+            output.
+        fill: what replaces a removed pixel, see `functional.removal.removal_fill`.
+        fractions: removed (insertion: restored) fractions of the positions, rising; the first and the last are the end
+            points. Each becomes floor(fraction * H * W) positions.
+        normalisation: `"none"`: area by trapezoid over the true fractions; `"span"`: the same divided by their span,
+            which is the mean height of the curve.
+
+    Raises:
+        ValueError: a field outside its choices, or fractions that do not rise within [0, 1].
+    """
+
+    attribution: str = "gradient"
+    score: AttributionScore | None = "logit"
+    signed: bool | None = False
+    target: Target = "label"
+    measure: Literal["accuracy", "probability"] = "accuracy"
+    fill: Fill = "corner"
+    fractions: tuple[float, ...] = even_fractions(10)
+    normalisation: Normalisation = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("target", self.target, Target)
+        check_choice("measure", self.measure, Literal["accuracy", "probability"])
+        check_choice("fill", self.fill, Fill)
+        check_choice("normalisation", self.normalisation, Normalisation)
+        if self.score is not None:
+            check_choice("score", self.score, AttributionScore)
+        removed_counts(self.fractions, 1)  # raises unless they rise within [0, 1]
+
+    @property
+    def end_points(self) -> tuple[float, float]:
+        """First and last fraction."""
+        return self.fractions[0], self.fractions[-1]
+
+    def describe(self) -> str:
+        """One line for a caption or a table, in words."""
+        first, last = (f"{100 * fraction:g}" for fraction in self.end_points)
+        value = "correct" if self.measure == "accuracy" else "probability of the class"
+        kind = {None: "", True: "signed ", False: "magnitude of "}[self.signed]
+        of = "" if self.score is None else f" of the {self.target} class' {self.score.replace('_', '-')}"
+        area = "trapezoid" if self.normalisation == "none" else "trapezoid divided by its span"
+        return (
+            f"{value} in percent ({self.target}), most salient first by {kind}{self.attribution}{of}, "
+            f"{self.fill} fill, {first} to {last} % in {len(self.fractions) - 1} steps, {area}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `results.json`, with what is the same in every convention written out."""
+        return {
+            **dataclasses.asdict(self),
+            "fractions": list(self.fractions),
+            "order": "most_salient_first",
+            "end_points": list(self.end_points),
+            "unit": "percent",
+            "area": "trapezoid",
+            "description": self.describe(),
+        }
+
+
+DEFAULT = Convention()
+# The paper's tables: magnitude of the log-probability's gradient, 0 to 90 % in steps of ten. The paper does not say
+# whether its area is divided by the span of the fractions, 0.9; ours is not (`normalisation="span"` divides it).
+PAPER = Convention(score="log_prob", fractions=even_fractions(9, 0.9))
+
+PRESETS = {"default": DEFAULT, "paper": PAPER}
+
+
+def resolve_convention(
+    convention: Convention | str,
+    attribution: str | Callable[..., Any] | None = None,
+    steps: int | None = None,
+    fill: Fill | None = None,
+) -> Convention:
+    """A preset by name, or a convention, with single fields replaced.
+
+    Args:
+        convention: `"default"`, `"paper"`, or a `Convention`.
+        attribution: the name of a method, or a function of the caller's, which goes by its own name and leaves `score`
+            and `signed` open, as `"random"` does; `None` leaves the convention's.
+        steps: number of even steps between the convention's end points, at least 1; `None` leaves its fractions.
+        fill: `None` leaves the convention's.
+
+    Raises:
+        ValueError: an unknown preset, or a value out of range.
+    """
+    if isinstance(convention, str):
+        if convention not in PRESETS:
+            raise ValueError(f"convention must be 'default', 'paper' or a Convention, got {convention!r}")
+        convention = PRESETS[convention]
+    if callable(attribution):
+        name = getattr(attribution, "__name__", type(attribution).__name__)
+        convention = dataclasses.replace(convention, attribution=name, score=None, signed=None)
+    elif attribution == "random":
+        convention = dataclasses.replace(convention, attribution=attribution, score=None, signed=None)
+    elif attribution is not None:
+        convention = dataclasses.replace(convention, attribution=attribution)
+    if steps is not None:
+        first, last = convention.end_points
+        convention = dataclasses.replace(convention, fractions=even_fractions(steps, last, first))
+    if fill is not None:
+        convention = dataclasses.replace(convention, fill=fill)
+    return convention

@@ -1,0 +1,1 @@
+"""What a command does: train, evaluate, compare over methods and seeds, show."""

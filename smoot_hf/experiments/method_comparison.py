@@ -1,0 +1,228 @@
+"""A comparison of training methods: its runs, trained where they are missing, and their evaluation."""
+
+import importlib
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.decoded_images import DecodedImages
+from ..evaluation import Convention, Faithfulness, evaluate_faithfulness
+from ..evaluation.attributions import attribute
+from ..evaluation.convention import DEFAULT, PAPER, resolve_convention
+from ..fingerprint import fingerprints_differ
+from ..functional.removal import Fill
+from ..models.logits import LogitsModel
+from ..training import SmootTrainingArguments
+from ..training.checkpoint_folder import RunIdentity, newest_whole_checkpoint
+from .arguments import make_parser, parse
+from .checkpoint import load_checkpoint
+from .figures import Measured, draw_budgets, draw_curves, draw_saliency_grid, try_to_draw
+from .flags import METHODS, RecipeArguments
+from .report import comparison_results, comparison_table, write_method_report
+from .run import RECORD_NAME, BudgetHistory, Run, RunRecord, difference, settings_of, write_whole
+from .training_run import make_trainer, prepare, train
+from .verdict import judge
+
+
+class Plan(NamedTuple):
+    """What one run shall be trained with."""
+
+    args: SmootTrainingArguments
+    recipe: RecipeArguments
+
+
+def plan_runs(options: Namespace, flags: Sequence[str], output: Path) -> list[Plan]:
+    """One plan per method and seed; seed by seed, so that a comparison cut short compares.
+
+    Args:
+        options: `recipe`, `methods` and `seeds`.
+        flags: of recipes/train.py, for all runs.
+        output: the runs' folders are made in its folder "runs".
+    """
+    parser = make_parser(importlib.import_module(f"train_{options.recipe}").DEFAULTS, "")
+    plans = []
+    for seed in dict.fromkeys(options.seeds):
+        for method in (name for name in METHODS if name in options.methods):
+            folder = output / "runs" / RunRecord(method, seed).name
+            own = ["--method", method, "--seed", str(seed), "--output_dir", str(folder)]
+            plans.append(Plan(*parse(parser, [*flags, *own])))
+    return plans
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Finished runs.
+
+    Raises:
+        ValueError: a folder holds none.
+    """
+    runs = [Run(folder, RunRecord.load(folder)) for folder in folders]
+    for folder, record in runs:
+        if not record.is_finished:
+            raise ValueError(f"{folder} holds a run that was not finished")
+    return runs
+
+
+def known_runs(plans: Sequence[Plan]) -> list[Run]:
+    """Runs of an earlier call, finished or not.
+
+    Raises:
+        ValueError: one was trained with other settings than are asked for now.
+    """
+    runs = []
+    for args, recipe in plans:
+        folder = Path(args.output_dir)
+        if (folder / RECORD_NAME).is_file():
+            record = RunRecord.load(folder)
+            other = difference(record.settings, settings_of(args, recipe))
+            if other is not None:
+                raise ValueError(f"{folder} was trained with {other}: choose another --output")
+            runs.append(Run(folder, record))
+    return runs
+
+
+def check_comparable(runs: Sequence[Run], images: DecodedImages, dataset: str) -> None:
+    """Refuse runs that cannot stand in one table.
+
+    Args:
+        runs: the runs.
+        images: the training set that they must share.
+        dataset: its name.
+
+    Raises:
+        ValueError: a run of other images, unlike settings, or two runs of one method and seed.
+    """
+    seen: dict[str, Path] = {}
+    for folder, record in runs:
+        if fingerprints_differ(record.dataset_fingerprint, images.fingerprint):
+            trained_on = (record.settings or {}).get("dataset", "another data set")
+            raise ValueError(f"{folder} was trained on other images ({trained_on}) than the training set of {dataset}")
+        other = difference(record.settings, runs[0].record.settings)
+        if other is not None:
+            raise ValueError(f"{folder} cannot be compared with {runs[0].folder}: it was trained with {other}")
+        if record.name in seen:
+            raise ValueError(f"{folder} and {seen[record.name]} are both {record.method} with seed {record.seed}")
+        seen[record.name] = folder
+
+
+def train_missing(plans: Sequence[Plan]) -> list[Run]:
+    """Train what is not finished yet; what was cut off goes on from its last checkpoint. The runs of all plans."""
+    known = {run.folder: run.record for run in known_runs(plans)}
+    for number, (args, recipe) in enumerate(plans, 1):
+        folder = Path(args.output_dir)
+        is_finished = folder in known and known[folder].is_finished
+        if args.process_index == 0:
+            what = "finished before, not trained again" if is_finished else "training"
+            print(f"[{number}/{len(plans)}] {args.method}, seed {args.seed}: {what}", flush=True)
+        if is_finished:
+            continue
+        if folder in known:
+            asked = RunIdentity(method=args.method, seed=args.seed)
+            args.resume_from_checkpoint = True if newest_whole_checkpoint(folder, asked=asked) else None
+        task = prepare(args, recipe)
+        train(make_trainer(task, args, recipe), args, recipe)
+    # The first process alone writes the records, and goes on to read them.
+    return read_runs([Path(args.output_dir) for args, _ in plans]) if plans[0].args.process_index == 0 else []
+
+
+FILLS: tuple[Fill, ...] = ("corner", "mean")
+_GRID_IMAGES = 8
+
+# method -> seed -> run
+Runs = Mapping[str, Mapping[int, Run]]
+
+
+def compare(runs: Sequence[Run], test: DecodedImages, plan: Plan, recipe_name: str, output: Path) -> Path:
+    """Evaluate all runs and write everything; returns the report."""
+    output.mkdir(parents=True, exist_ok=True)
+    device = plan.args.device
+    by_method = {
+        method: {run.record.seed: run for run in runs if run.record.method == method}
+        for method in METHODS
+        if any(run.record.method == method for run in runs)
+    }
+    panels = measure(by_method, test, device, plan.args.per_device_eval_batch_size)
+    verdicts = {convention: judge(found) for convention, found in panels.items()}
+    histories = {run.folder: BudgetHistory.load(run.folder) for run in runs}
+    settings = {
+        "recipe": recipe_name,
+        "dataset": plan.recipe.dataset,
+        "test_images": len(test),
+        "methods": list(by_method),
+        "seeds": sorted({run.record.seed for run in runs}),
+        "training": runs[0].record.settings or "not recorded",
+    }
+    results = comparison_results(settings, panels, verdicts, by_method, histories, device)
+    results.save(output / "results.json")
+    table = comparison_table(results)
+    write_whole(output / "table.md", table)
+    pictures = draw(by_method, panels, histories, test, device, output)
+    report = output / "report.html"
+    write_method_report(report, results, verdicts, pictures)
+    print(f"\n{table}\nwritten to {report}, with table.md, results.json and the figures beside it")
+    return report
+
+
+def measure(
+    by_method: Runs, test: DecodedImages, device: torch.device, batch_size: int
+) -> dict[Convention, dict[str, dict[int, Faithfulness]]]:
+    """Every run by both presets with every fill: convention -> method -> seed -> measurement."""
+    conventions = [resolve_convention(preset, fill=fill) for preset in (PAPER, DEFAULT) for fill in FILLS]
+    panels: dict[Convention, dict[str, dict[int, Faithfulness]]] = {
+        convention: {method: {} for method in by_method} for convention in conventions
+    }
+    runs = [run for by_seed in by_method.values() for run in by_seed.values()]
+    for number, (folder, record) in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {record.method}, seed {record.seed}: evaluating", flush=True)
+        model, pipeline = load_checkpoint(str(folder), test, device)
+        for convention in conventions:
+            panels[convention][record.method][record.seed] = evaluate_faithfulness(
+                model,
+                test,
+                convention=convention,
+                curves=("insertion", "random"),
+                input_pipeline=pipeline,
+                batch_size=batch_size,
+            )
+    return panels
+
+
+def draw(
+    by_method: Runs,
+    panels: Mapping[Convention, Measured],
+    histories: Mapping[Path, BudgetHistory | None],
+    test: DecodedImages,
+    device: torch.device,
+    output: Path,
+) -> dict[str, Path]:
+    """Draw every figure that the runs have something for: "curves", "saliency", "k" -> file."""
+    found = {run.record.name: histories[run.folder] for run in by_method.get("smoot", {}).values()}
+    known = {name: history for name, history in found.items() if history is not None}
+    pictures: dict[str, Callable[[Path], None]] = {"curves": partial(draw_curves, panels)}
+    common = set.intersection(*(set(by_seed) for by_seed in by_method.values()))
+    if common:
+        pictures["saliency"] = partial(draw_saliency, by_method, min(common), test, device)
+    if known:
+        pictures["k"] = partial(draw_budgets, known)
+    return {name: output / f"{name}.png" for name, one in pictures.items() if try_to_draw(one, output / f"{name}.png")}
+
+
+def draw_saliency(by_method: Runs, seed: int, test: DecodedImages, device: torch.device, path: Path) -> None:
+    """The first test image of each class, and its saliency by the models of one seed."""
+    rows = [int((test.labels == label).argmax()) for label in sorted(set(test.labels.tolist()))[:_GRID_IMAGES]]
+    maps = {method: saliency(by_seed[seed], test, rows, device) for method, by_seed in by_method.items()}
+    batch = test.__getitems__(rows)
+    names = [test.label_names[label] for label in batch["labels"].tolist()]
+    draw_saliency_grid(batch["pixel_values"].permute(0, 2, 3, 1) / 255, names, maps, seed, path)
+
+
+def saliency(run: Run, test: DecodedImages, rows: list[int], device: torch.device) -> Tensor:
+    """(n, H, W) on the CPU: magnitude of the gradient of the label's logit on the given test images."""
+    model, pipeline = load_checkpoint(str(run.folder), test, device)
+    batch = test.__getitems__(rows)
+    images, labels = pipeline.normalize(batch["pixel_values"].to(device)), batch["labels"].to(device)
+    return attribute(LogitsModel(model, pipeline.resize), images, labels, torch.tensor(rows)).cpu()

@@ -1,0 +1,284 @@
+"""A training run: data, model, trainer, and at its end the card and the push."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from torch.utils.data import Subset
+from transformers import EvalPrediction, set_seed
+from transformers.utils import logging
+
+from ..data import InputPipeline
+from ..data.dataset import load_image_dataset
+from ..data.decoded_images import DecodedImages, decode_images
+from ..errors import PushError, first_line
+from ..evaluation import Faithfulness, evaluate_faithfulness
+from ..fingerprint import hub_revision
+from ..functional.removal import Fill
+from ..models.classifier import load_image_processor, load_model
+from ..training import SmootTrainer, SmootTrainingArguments
+from ..training.checkpoint_folder import RunIdentity, find_damage, newest_whole_checkpoint, refuse_other_runs
+from ..training.checkpoints import no_checkpoint
+from .arguments import make_parser, parse
+from .flags import RecipeArguments
+from .run import RecordBudget, RunRecord, SaveRecord
+
+
+class Task(NamedTuple):
+    """Everything that a trainer is built from."""
+
+    model: Any
+    processor: Any
+    pipeline: InputPipeline
+    train: DecodedImages
+    test: DecodedImages
+
+
+def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run a recipe: train, evaluate, save, report.
+
+    What a user can get wrong ends the process with one line on stderr: with exit code 2 before training starts, with 1
+    from then on (a sample that cannot be used, a full disk, a Hub that does not answer).
+
+    Args:
+        defaults: values of flags that differ from those of this script.
+        argv: the command line; default: that of the process.
+
+    Returns:
+        The metrics of the final evaluation.
+    """
+    parser = make_parser(defaults or {}, __doc__.split("\n\n")[0])
+    args, recipe = parse(parser, sys.argv[1:] if argv is None else list(argv))
+    try:
+        args.resume_from_checkpoint = checkpoint_to_resume(args)
+        task = prepare(args, recipe)
+        trainer = make_trainer(task, args, recipe)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(" ".join(str(error).split()))
+    if args.should_log:
+        print(
+            f"{args.method} on {recipe.dataset}: {len(task.train)} training and {len(task.test)} test images, ", end=""
+        )
+        print(f"{trainer.accelerator.num_processes} process(es) on {args.device.type}")
+    try:
+        return train(trainer, args, recipe)
+    except (ValueError, OSError, KeyError) as error:
+        # A KeyError shows its message in quotes.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        parser.error(str(message), code=1)
+
+
+def checkpoint_to_resume(args: SmootTrainingArguments) -> str | bool | None:
+    """The folder that --resume_from_checkpoint names; of "true" or "last" `True`: the newest whole one of this run.
+
+    The trainer asks the same again, and more, once data and model are there; this saves the time until then.
+
+    Raises:
+        ValueError: there is no checkpoint, or not all of it, or it is another run's; or a new run would begin among the
+            checkpoints of another.
+    """
+    named = args.resume_from_checkpoint
+    if named is None:
+        if not args.overwrite_output_dir:
+            refuse_other_runs(args.output_dir)
+        return None
+    if str(named).lower() not in ("true", "last"):
+        damage = find_damage(named)
+        if damage is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={named!r}: no checkpoint in {named}: {damage}; leave the flag away to start "
+                "afresh"
+            )
+        return named
+    asked = RunIdentity(method=args.method, seed=args.seed)
+    if newest_whole_checkpoint(args.output_dir, asked=asked) is None:
+        raise ValueError(no_checkpoint(args.output_dir, asked))
+    return True
+
+
+def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
+    """Load and decode the data, build the model, its image processor and the input pipeline."""
+    train, test = load_data(args, recipe)
+    channels, height, width = train.image_shape
+    # The trainer seeds too late for the initial weights.
+    set_seed(args.seed)
+    model = load_model(
+        recipe.model,
+        labels=train.label_names,
+        image_size=(height, width),
+        num_channels=channels,
+        from_scratch=recipe.from_scratch,
+        patch_size=recipe.patch_size,
+    )
+    mean, std = train.channel_statistics()
+    processor = load_image_processor(
+        recipe.model,
+        model,
+        (height, width),
+        mean,
+        std,
+        from_scratch=recipe.from_scratch,
+        center_crop=recipe.image_size is not None,
+    )
+    if recipe.convert_rgb:
+        processor.do_convert_rgb = True
+    pipeline = InputPipeline.from_image_processor(
+        processor, crop_padding=recipe.crop_padding, horizontal_flip=recipe.horizontal_flip, seed=args.seed
+    )
+    return Task(model, processor, pipeline, train, test)
+
+
+def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:
+    """The decoded training and test images.
+
+    Raises:
+        ValueError: both are one split; else as `load_image_dataset` and `decode_images`.
+    """
+    if recipe.eval_split == recipe.train_split:
+        raise ValueError(f"eval_split={recipe.eval_split!r} is what is trained on: name another split")
+    # The first process fills the cache, the others read it.
+    with args.main_process_first(desc="decoding the images"):
+        splits = load_splits(recipe, recipe.dataset)
+        decoded = decode(limit(splits, {"train": recipe.max_train_samples, "test": recipe.max_eval_samples}), recipe)
+    return DecodedImages(decoded["train"]), DecodedImages(decoded["test"])
+
+
+def load_splits(recipe: Any, dataset: str) -> DatasetDict:
+    """The stored images of a data set as the flags of a recipe say, `RecipeArguments` or those of the same names."""
+    return load_image_dataset(
+        dataset,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        train_split=recipe.train_split,
+        eval_split=recipe.eval_split,
+    )
+
+
+def decode(splits: DatasetDict, recipe: Any) -> DatasetDict:
+    """The images decoded as the flags of a recipe say."""
+    return decode_images(splits, convert_rgb=recipe.convert_rgb, image_size=recipe.image_size)
+
+
+def limit(splits: DatasetDict, sizes: dict[str, int | None]) -> DatasetDict:
+    """Random rows of a split, the same in every run: the first rows may well be of one class."""
+    chosen = dict(splits)
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"max_{'train' if name == 'train' else 'eval'}_samples must be at least 1, got {size}")
+        if size is not None and size < len(splits[name]):
+            chosen[name] = splits[name].shuffle(seed=0).select(range(size))
+    return DatasetDict(chosen)
+
+
+def make_trainer(task: Task, args: SmootTrainingArguments, recipe: RecipeArguments) -> SmootTrainer:
+    """The trainer of a task."""
+    optimizer = None
+    if recipe.optimizer == "adadelta":
+        # Not among the names of --optim.
+        optimizer = (torch.optim.Adadelta, {"lr": args.learning_rate, "weight_decay": args.weight_decay})
+    return SmootTrainer(
+        model=task.model,
+        args=args,
+        train_dataset=task.train,
+        eval_dataset=task.test,
+        data_collator=DecodedImages.collate,
+        input_pipeline=task.pipeline,
+        processing_class=task.processor,
+        compute_metrics=accuracy,
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of images whose highest logit is that of the label; logits that hold a NaN count as wrong."""
+    outputs = prediction.predictions
+    # Some models have further outputs; the logits of the class come first.
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    is_correct = logits.argmax(axis=-1) == prediction.label_ids
+    return {"accuracy": float(np.mean(is_correct & ~np.isnan(logits).any(axis=-1)))}
+
+
+def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
+    """Train, evaluate, save model, processor, metrics, record and card, print a summary, and push where asked."""
+    trainer.add_callback(RecordBudget(trainer))
+    trainer.add_callback(SaveRecord(trainer, args, recipe))
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    # Pushed last, when there is nothing left that a failing Hub could keep from being saved.
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        RunRecord.of(trainer, args, recipe, result.metrics["train_runtime"]).save(args.output_dir)
+        print(summary(trainer, args, recipe, metrics), flush=True)
+    publish(trainer, args, recipe)
+    return metrics
+
+
+def summary(
+    trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments, metrics: Mapping[str, float]
+) -> str:
+    """What a user wants to know at the end."""
+    lines = {"method": args.method, "data, model": f"{recipe.dataset}, {recipe.model}"}
+    lines["test accuracy"] = f"{metrics['eval_accuracy']:.2%} of {len(trainer.eval_dataset)} images"
+    if trainer.mask_budget is not None:
+        k = trainer.mask_budget.statistics()
+        lines["K min/median/max"] = f"{k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} pixels per training image"
+    lines["model saved in"] = args.output_dir
+    return "\n".join(["", *(f"  {name:<18}{value}" for name, value in lines.items())])
+
+
+logger = logging.get_logger(__name__)
+
+# The two fills of the tables: the fill moves the AUC as much as a training method does.
+_FILLS: tuple[Fill, ...] = ("corner", "mean")
+
+
+def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> None:
+    """Write card, figures and results.json into the run's folder, and push it where `push_to_hub` says so.
+
+    Where faithfulness cannot be measured, a warning says why, and the card goes without.
+
+    Raises:
+        PushError: what the Hub lacks, now or since a push during training; the model is saved by then.
+    """
+    # Of a local folder its name alone: the rest is nobody's business.
+    card: dict[str, Any] = {"dataset": Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset}
+    if trainer.is_world_process_zero():
+        try:
+            card["faithfulness"] = measure(trainer, args, recipe)
+        except (ValueError, RuntimeError) as error:
+            logger.warning(f"the card has no faithfulness, which could not be measured: {first_line(error)}")
+        on_hub = hub_revision(trainer.train_dataset)
+        card["dataset_tags"] = on_hub and on_hub[0]
+    if not args.push_to_hub:
+        trainer.create_model_card(**card)
+        return
+    trainer.push_to_hub(**card)
+    if trainer.failed_pushes:
+        raise PushError("; ".join(trainer.failed_pushes.values()))
+
+
+def measure(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> list[Faithfulness]:
+    """Faithfulness on up to `card_samples` test images, spread evenly, by the library's convention with two fills."""
+    test = trainer.eval_dataset
+    count = min(recipe.card_samples, len(test))
+    rows = Subset(test, [row * len(test) // count for row in range(count)])
+    return [
+        evaluate_faithfulness(
+            trainer.model,
+            rows,
+            fill=fill,
+            input_pipeline=trainer.input_pipeline,
+            batch_size=args.per_device_eval_batch_size,
+            seed=args.seed,
+        )
+        for fill in (_FILLS if count else ())
+    ]

@@ -1,0 +1,13 @@
+"""Any image classifier, loaded or made from scratch: its logits, its state, and the paper's convolutional network."""
+
+from .classifier import load_image_processor, load_model
+from .logits import LogitsModel
+from .modeling_smoot_cnn import PaperCnnConfig, PaperCnnForImageClassification
+
+__all__ = [
+    "LogitsModel",
+    "PaperCnnConfig",
+    "PaperCnnForImageClassification",
+    "load_image_processor",
+    "load_model",
+]

@@ -1,0 +1,375 @@
+"""The model card, its metadata, its figures and results.json, written from a run and from nothing else."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from ..data.image_processor import processor_agrees
+from ..errors import first_line, writing
+from ..evaluation.attributions import attribute
+from ..evaluation.faithfulness import Faithfulness
+from ..evaluation.ranked_batches import data_batches, evenly_spread, has_index
+from ..evaluation.results import Measurement, Results, Row, describe_environment, faithfulness_row
+from ..fingerprint import dataset_fingerprint, hub_revision
+from ..functional.perturbation import has_prediction
+from ..models.logits import LogitsModel
+from ..models.state import untouched
+from .card_text import card_text
+from .figures import draw_budget, draw_curves, draw_saliency
+from .files import FIGURE_NAMES, FIGURES
+
+logger = logging.get_logger(__name__)
+
+_SHOWN_IMAGES = 8
+# In an entry of the log: the evaluation was of other data than the trainer's evaluation set.
+OF_OTHER_DATA = "of_other_data"
+# Of an evaluation: how long it took, and when.
+_NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "step")
+
+
+class Examples(NamedTuple):
+    """Evaluation images: pictures (n, C, H, W) in [0, 1], lines of text above each, saliency (n, H, W) at least 0."""
+
+    pictures: torch.Tensor
+    titles: list[list[str]]
+    maps: torch.Tensor
+
+
+def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (), **given: Any) -> None:
+    """Write `README.md`, `figures/` and `results.json` into the trainer's output folder.
+
+    What of the figures cannot be drawn for want of an evaluation set is left out, with a warning.
+
+    Args:
+        trainer: a `SmootTrainer`.
+        faithfulness: of its model on its evaluation set, one for each convention.
+        **given: the arguments of `HubTrainer.create_model_card`.
+
+    Raises:
+        SaveError: the folder cannot be written to. What the model or the data raise passes as it is.
+    """
+    folder = Path(trainer.args.output_dir)
+    is_peft = _is_adapter(trainer)
+    about = _about(trainer, given)
+    results = run_results(trainer, faithfulness)
+    examples = _examples(trainer) if faithfulness else None
+    with writing(str(folder)):
+        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+        results.save(folder / "results.json")
+        figures = _draw(trainer.mask_budget, faithfulness, examples, folder / FIGURES)
+    data = metadata(results, about, given, "peft" if is_peft else "transformers")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(results, about, figures)}")
+    with writing(str(folder)):
+        card.save(folder / "README.md")
+        if is_peft:
+            # As the Trainer does: PEFT adds what it knows of its adapter.
+            trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(str(folder))
+
+
+def check_card_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuse what `create_model_card` does not take, before anything is done.
+
+    Args:
+        function: the trainer's own.
+        given: the arguments of a push.
+
+    Raises:
+        TypeError: an argument is not the function's.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = [name for name in given if name not in parameters]
+    if unknown:
+        raise TypeError(
+            f"push_to_hub and create_model_card take no {', '.join(map(repr, unknown))}: the card takes "
+            f"{', '.join(parameters)}"
+        )
+
+
+def run_results(trainer: Any, faithfulness: Sequence[Faithfulness] = ()) -> Results:
+    """Everything that a run has measured, as the content of results.json.
+
+    The first row has the metrics of the evaluation of the final weights, as `compute_metrics` reports them, and the
+    statistics of K; the others a faithfulness measurement each.
+    """
+    args, budget = trainer.args, trainer.mask_budget
+    metrics = {name: Measurement({args.seed: value}, "as reported") for name, value in final_metrics(trainer).items()}
+    details: dict[str, Any] = {}
+    if budget is not None:
+        metrics |= {name: Measurement({args.seed: value}, "pixels") for name, value in budget.statistics().items()}
+        height, width = budget.image_size
+        details["k_histogram"] = {
+            "image_size": [height, width],
+            "lowest": budget.k_min,
+            "counts": budget.histogram.tolist(),
+        }
+    rows = [Row(f"{args.method}, final weights", metrics, None, details)]
+    rows += [faithfulness_row(args.method, {args.seed: found}) for found in faithfulness]
+    settings = {
+        "method": args.method,
+        "seed": args.seed,
+        **args.changed_from_defaults(),
+        **_beside_arguments(trainer),
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+    }
+    return Results("train", settings, describe_environment(args.device), rows)
+
+
+def _beside_arguments(trainer: Any) -> dict[str, Any]:
+    """What decides the weights and stands in no argument: the optimizer in use, and the augmentation."""
+    optimizer, pipeline = getattr(trainer.optimizer, "optimizer", trainer.optimizer), trainer.input_pipeline
+    facts = {
+        "optimizer": None if optimizer is None else type(optimizer).__name__,
+        "crop_padding": getattr(pipeline, "crop_padding", None),
+        "horizontal_flip": getattr(pipeline, "horizontal_flip", None),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def final_metrics(trainer: Any) -> dict[str, float]:
+    """Metrics of the evaluation set for the weights that the trainer holds now; empty where it was not evaluated.
+
+    Evaluations of other data do not count, see `HubTrainer.evaluate`; of several evaluation sets each one does. With
+    `load_best_model_at_end` the weights are not those of the last step.
+    """
+    state = trainer.state
+    history = [entry for entry in state.log_history if OF_OTHER_DATA not in entry]
+    ends = [i for i, entry in enumerate(history) if "train_runtime" in entry]
+    later = _newest(history[ends[-1] + 1 :]) if ends else {}
+    if later:
+        return later
+    step = state.global_step
+    if trainer.args.load_best_model_at_end and ends and state.best_global_step:
+        step = state.best_global_step
+    return _newest([entry for entry in history if entry.get("step") == step])
+
+
+def _newest(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The newest value of each metric: every one of several evaluation sets has an entry of its own."""
+    return {name: value for entry in entries for name, value in _metrics_of(entry).items()}
+
+
+def _metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an entry of the log, without the prefix of evaluations."""
+    named = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+    return {
+        name: float(value)
+        for name, value in named.items()
+        if isinstance(value, int | float) and math.isfinite(value) and not name.endswith(_NO_METRICS)
+    }
+
+
+def _about(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says beside numbers: names, data, model."""
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    config = getattr(model, "config", None)
+    name = given.get("model_name") or Path(args.output_dir).absolute().name
+    origin = getattr(config, "_name_or_path", "") or None
+    base_model = given.get("finetuned_from") or (None if Path(origin or ".").is_dir() else _hub_id(origin))
+    on_hub = hub_revision(trainer.train_dataset)
+    dataset_id = _hub_id(_first(given.get("dataset_tags")) or (on_hub and on_hub[0]))
+    processor = trainer.processing_class
+    return {
+        "name": name,
+        "repo": getattr(trainer, "hub_model_id", None) or args.hub_model_id or name,
+        "base_model": base_model,
+        "base_model_id": _hub_id(base_model),
+        "is_finetuned": bool(given.get("finetuned_from") or origin),
+        "dataset": _first(given.get("dataset")) or _first(given.get("dataset_tags")) or dataset_id,
+        "dataset_id": dataset_id,
+        "dataset_config": _first(given.get("dataset_args")),
+        "dataset_revision": on_hub[1] if on_hub and on_hub[0] == dataset_id else None,
+        "dataset_fingerprint": dataset_fingerprint(trainer.train_dataset),
+        "train_images": _length(trainer.train_dataset),
+        "eval_images": _length(trainer.eval_dataset),
+        "has_eval_sets": is_eval_sets(trainer.eval_dataset),
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "classes": [str(label) for _, label in sorted((getattr(config, "id2label", None) or {}).items())],
+        "has_processor": hasattr(processor, "preprocess"),
+        "processor_agrees": processor_agrees(trainer),
+        "needs_code": bool(getattr(model, "_auto_class", None) or getattr(processor, "_auto_class", None)),
+        "needs_timm": getattr(config, "model_type", None) == "timm_wrapper",
+        "is_grey": getattr(config, "num_channels", 3) == 1,
+    }
+
+
+def _first(value: str | Sequence[str] | None) -> str | None:
+    return value if value is None or isinstance(value, str) else next(iter(value), None)
+
+
+def is_eval_sets(dataset: Any) -> bool:
+    """Whether a trainer's `eval_dataset` is several sets by name, as the Trainer takes them."""
+    return isinstance(dataset, dict)
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") and not is_eval_sets(dataset) else None
+
+
+def _is_adapter(trainer: Any) -> bool:
+    """Whether the model is saved as an adapter, which PEFT alone can load."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return hasattr(model, "peft_config") and hasattr(model, "create_or_update_model_card")
+
+
+def _hub_id(name: str | None) -> str | None:
+    """A name, where it may be that of a repository on the Hub: what is no such name the Hub refuses on a card."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return name
+
+
+def _draw(budget: Any, faithfulness: Sequence[Faithfulness], examples: Examples | None, folder: Path) -> dict[str, str]:
+    """Draw what the run has: name of the figure -> path from the card. Figures of an earlier card are removed."""
+    for name in FIGURE_NAMES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    try:
+        if budget is not None and budget.k_min < budget.k_max:
+            draw_budget(budget, folder / "k_histogram.png")
+        if faithfulness:
+            draw_curves(faithfulness, folder / "curves.png")
+        if examples is not None:
+            draw_saliency(*examples, folder / "saliency.png")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        logger.warning("the card has no figures, for matplotlib is not installed: pip install matplotlib, push again")
+    return {name: f"{FIGURES}/{name}.png" for name in FIGURE_NAMES if (folder / f"{name}.png").is_file()}
+
+
+def _examples(trainer: Any) -> Examples | None:
+    """Some evaluation images, spread evenly over the set; `None`, with a warning, where none can be had."""
+    why = _no_examples(trainer.eval_dataset)
+    if why is None:
+        try:
+            return _explained_images(trainer)
+        except ValueError as error:
+            why = first_line(error)
+    logger.warning(f"the card has no saliency maps: {why}")
+    return None
+
+
+def _explained_images(trainer: Any) -> Examples:
+    """The evaluation images that the card shows, with labels, predictions and saliency.
+
+    Raises:
+        ValueError: what the evaluation set holds cannot be measured, for example for want of labels.
+    """
+    model, pipeline = trainer.model, trainer.input_pipeline
+    scorer = LogitsModel(model, pipeline and pipeline.resize)
+    with untouched(model):
+        # The loader of the trainer's own evaluations: its rows, through its collator.
+        loader = trainer.get_eval_dataloader()
+        rows = evenly_spread(loader.dataset, _SHOWN_IMAGES)
+        batches = data_batches(
+            rows,
+            model,
+            input_pipeline=pipeline,
+            data_collator=loader.collate_fn,
+            label_name=trainer.label_names[0],
+            batch_size=len(rows),
+        )
+        batch = next(iter(batches))
+        with torch.no_grad():
+            outputs = scorer(batch.images)
+        predicted = outputs.argmax(dim=1).where(has_prediction(outputs), -1)
+        maps = attribute(scorer, batch.images, batch.labels, batch.sample_idx, batch_size=len(rows))
+    names = {**(getattr(getattr(model, "config", None), "id2label", None) or {}), -1: "no class (NaN)"}
+    pairs = zip(batch.labels.tolist(), predicted.tolist(), strict=True)
+    titles = [
+        [str(names.get(label, label)), *([] if label == found else [f"predicted {names.get(found, found)}"])]
+        for label, found in pairs
+    ]
+    # Each picture over its own range: what normalisation did to it is not known without a pipeline.
+    pictures = batch.images.float().cpu()
+    low, high = pictures.amin(dim=(1, 2, 3), keepdim=True), pictures.amax(dim=(1, 2, 3), keepdim=True)
+    return Examples((pictures - low) / (high - low).clamp_min(1e-6), titles, maps.float().cpu())
+
+
+def _no_examples(dataset: Any) -> str | None:
+    """Why no images can be taken from an evaluation set; `None` where they can."""
+    if dataset is None:
+        return "the trainer has no eval_dataset"
+    if is_eval_sets(dataset):
+        return f"eval_dataset holds several evaluation sets ({', '.join(map(repr, dataset))})"
+    if not has_index(dataset) or not len(dataset):
+        return f"eval_dataset, a {type(dataset).__name__}, has no length and index, or no rows"
+    return None
+
+
+TAGS = ("smoot", "saliency", "interpretability", "image-classification")
+# Stated by the description as well, and in full in results.json.
+_NOT_IN_METADATA = ("fractions", "end_points")
+
+
+def metadata(results: Results, about: Mapping[str, Any], given: Mapping[str, Any], library: str) -> ModelCardData:
+    """The head of the card; `model-index` holds every metric but the loss, for the Hub's leaderboards."""
+    given_tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
+    tasks = [given["tasks"]] if isinstance(given.get("tasks"), str) else list(given.get("tasks") or [])
+    tags = list(dict.fromkeys([*TAGS, results.settings["method"], *given_tags, *tasks, "generated_from_trainer"]))
+    evaluations = _evaluations(results, about)
+    return ModelCardData(
+        model_name=about["name"],
+        library_name=library,
+        pipeline_tag="image-classification",
+        language=given.get("language"),
+        license=given.get("license"),
+        base_model=about["base_model_id"],
+        datasets=[about["dataset_id"]] if about["dataset_id"] else None,
+        tags=tags,
+        metrics=list(dict.fromkeys(result.metric_type for result in evaluations)) or None,
+        eval_results=evaluations or None,
+    )
+
+
+def _evaluations(results: Results, about: Mapping[str, Any]) -> list[EvalResult]:
+    if about["dataset"] is None:
+        logger.warning(
+            "the card's metadata have no results, for nobody said of which data set they are: pass dataset='name', and "
+            "dataset_tags='USER/NAME' where it is on the Hub, to push_to_hub or create_model_card"
+        )
+        return []
+    common = {
+        "task_type": "image-classification",
+        "task_name": "Image Classification",
+        "dataset_type": about["dataset_id"] or about["dataset"],
+        "dataset_name": about["dataset"],
+        "dataset_config": about["dataset_config"],
+        "dataset_revision": about["dataset_revision"],
+    }
+    first, *measured = results.rows
+    found = [
+        EvalResult(**common, metric_type=name, metric_name=name.replace("_", " ").capitalize(), metric_value=m.mean)
+        for name, m in first.metrics.items()
+        if m.unit == "as reported" and name != "loss"
+    ]
+    names = {
+        "deletion_auc": "Deletion AUC (%, lower is better)",
+        "insertion_auc": "Insertion AUC (%, higher is better)",
+    }
+    for row in measured:
+        found += [
+            EvalResult(
+                **common,
+                metric_type=name,
+                metric_name=title,
+                metric_value=row.metrics[name].mean,
+                metric_args={k: v for k, v in (row.convention or {}).items() if k not in _NOT_IN_METADATA},
+            )
+            for name, title in names.items()
+            if name in row.metrics
+        ]
+    return found

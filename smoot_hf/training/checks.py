@@ -1,0 +1,290 @@
+"""What would train silently wrong is refused by name when the trainer is built; what may surprise is warned of."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import ModelOutput, logging
+
+from ..errors import first_line
+from ..evaluation.ranked_batches import has_index
+from ..functional import classification_loss
+from ..models.logits import logits_of
+from ..models.state import untouched
+
+logger = logging.get_logger(__name__)
+
+_DDP = "Several processes work through DDP: `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu`"
+
+_OWN_LOSS = (
+    "That loss is not used: training is by the cross-entropy of the logits. To train by another one, pass it as "
+    "compute_loss_func"
+)
+# The sizes of accelerate's ParallelismConfig that split a model or a sample over processes.
+_SHARED = ("tp_size", "cp_size", "sp_size", "dp_shard_size")
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Raise for every combination of model, arguments and hardware for which the result would be silently wrong.
+
+    Raises:
+        ValueError: naming what is refused, the reason, and what to do instead.
+    """
+    refuse_model_parallelism(trainer.model, trainer.accelerator.parallelism_config, trainer.is_fsdp_enabled)
+    _refuse_model(trainer)
+    _refuse_forward(trainer.model)
+    _refuse_precision(trainer.accelerator)
+    for dataset in _evaluation_sets(trainer.eval_dataset):
+        refuse_evaluation_set(trainer.args, dataset)
+    _refuse_unsavable(trainer)
+    _refuse_splits(trainer.train_dataset)
+    if trainer.args.method != "standard":
+        _refuse_training_set(trainer.train_dataset)
+        _refuse_parallelism(trainer)
+
+
+def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = False) -> None:
+    """Raise where one sample is shared by several processes, or a parameter is, whatever made it so.
+
+    The loss is multiplied by the number of processes, each of which must see samples of its own and the whole model.
+
+    Args:
+        model: `None` where it is not built yet.
+        config: `ParallelismConfig` of accelerate, or `None`.
+        is_fsdp_enabled: the Trainer has sharded the parameters itself, over samples of their own.
+
+    Raises:
+        ValueError: naming what is shared.
+    """
+    found = [f"{name}={size}" for name in _SHARED if (size := getattr(config, name, None) or 1) > 1]
+    tp_size = getattr(model, "_tp_size", None) or 1
+    if tp_size > 1:
+        found.append(f"model.tp_size={tp_size}")
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        found.append("a model loaded with a distributed_config")
+    if model is not None and not is_fsdp_enabled and (name := _first_sharded_parameter(model)):
+        found.append(f"the DTensor parameter {name}")
+    if found:
+        raise ValueError(
+            f"model parallelism is refused ({', '.join(found)}): loss and gradients have not been shown to be exact "
+            f"where processes share a model's parameters or a sample. Load the whole model on each. {_DDP}"
+        )
+
+
+def _first_sharded_parameter(model: nn.Module) -> str | None:
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return next((name for name, parameter in model.named_parameters() if isinstance(parameter.data, DTensor)), None)
+
+
+def _refuse_model(trainer: Trainer) -> None:
+    config = getattr(trainer.model, "config", None)
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"problem_type={problem_type!r} is refused: the loss is a cross-entropy over exclusive classes and delta "
+            "ranks one softmax distribution. Use transformers.Trainer"
+        )
+    num_labels = getattr(config, "num_labels", None)
+    if num_labels is not None and num_labels < 2:
+        raise ValueError(
+            f"the model must have at least 2 classes, got num_labels={num_labels}: build it with num_labels= the "
+            "number of classes of the data"
+        )
+    if getattr(config, "return_dict", True) is False:
+        raise ValueError(
+            "return_dict=False is refused: the loss needs outputs with 'logits', not tuples. Set "
+            "model.config.return_dict = True"
+        )
+    if len(trainer.label_names) != 1:
+        raise ValueError(f"label_names must name one key of the batch, got {trainer.label_names}")
+
+
+def _refuse_forward(model: Any) -> None:
+    """Raise where the signature of the model's forward says that no logits of images alone can come of it."""
+    takes = _arguments(model.forward)
+    if takes is None:
+        return
+    name, main = type(model).__name__, getattr(model, "main_input_name", "pixel_values")
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if "pixel_values" not in takes and (main in takes or not takes_any):
+        raise ValueError(
+            f"{name} is refused: its forward takes {main if main in takes else next(iter(takes), 'nothing')!r}, no "
+            "'pixel_values', and saliency is a gradient with respect to images (B, C, H, W)"
+        )
+    if main == "input_ids" and main in takes:
+        raise ValueError(
+            f"{name} is refused: its main input is text ('input_ids'), and SMOOT trains classifiers of images alone"
+        )
+    if "spatial_shapes" in takes:
+        raise ValueError(
+            f"{name} is refused: its 'pixel_values' are patches with their 'spatial_shapes', and masks need images "
+            "(B, C, H, W). Wrap it in a module that takes images and cuts the patches, or take one of fixed resolution"
+        )
+    outputs = _declared_outputs(model.forward)
+    if outputs and not any(field.name == "logits" for output in outputs for field in dataclasses.fields(output)):
+        raise ValueError(
+            f"{name} is refused: its forward returns {outputs[0].__name__}, which has no 'logits'. Wrap it in a module "
+            "that returns them as ImageClassifierOutput(logits=...)"
+        )
+
+
+def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_name: str, others: dict[str, Any]) -> None:
+    """Warn where the model's forward computes a loss that is not the cross-entropy, for it is not trained by.
+
+    Costs one forward pass in eval mode, of models that take labels; those of transformers are known to compute the
+    cross-entropy, unless a `loss_function` has been set.
+
+    Args:
+        model: not wrapped.
+        images: as the model takes them, (B, C, H, W).
+        labels: int64 (B,).
+        label_name: of its argument for labels.
+        others: further keyword arguments of the model.
+    """
+    is_known = type(model).__module__.startswith("transformers.") and "_loss_function" not in vars(model)
+    if is_known or label_name not in (_arguments(model.forward) or {}):
+        return
+    name = type(model).__name__
+    with untouched(model), torch.no_grad():
+        try:
+            outputs = model(pixel_values=images, **{label_name: labels}, **others)
+        except Exception as error:  # whatever the user's code raises: training does not ask for this loss
+            logger.warning(f"{name} fails where it is given {label_name!r} ({first_line(error)}). {_OWN_LOSS}")
+            return
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if own is None:
+        return
+    own = own.detach().float().mean()
+    ce = classification_loss(logits_of(outputs, len(images)), labels).mean()
+    if not torch.allclose(own, ce, rtol=0.01, atol=1e-4, equal_nan=True):
+        logger.warning(
+            f"{name} computes a loss of its own in its forward, {own:.4g} on the first batch, where the cross-entropy "
+            f"is {ce:.4g}. {_OWN_LOSS}"
+        )
+
+
+def _arguments(forward: Callable) -> Mapping[str, inspect.Parameter] | None:
+    """What a forward takes, by name; `None` for that of a scripted model, of which nothing is known."""
+    try:
+        return inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _declared_outputs(forward: Callable) -> list[type]:
+    """The kinds of `ModelOutput` that a forward is annotated to return."""
+    try:
+        declared = typing.get_type_hints(forward).get("return")
+    except (NameError, TypeError):  # names that exist for type checkers only
+        return []
+    kinds = typing.get_args(declared) or (declared,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)]
+
+
+def _refuse_precision(accelerator: Accelerator) -> None:
+    # accelerate 1.15 says nothing of it.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "fp16=True is refused on a CPU: accelerate would train in float32 instead. Use bf16=True, or a GPU"
+        )
+
+
+def _evaluation_sets(dataset: Any) -> list[Any]:
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+
+
+def refuse_evaluation_set(args: Any, dataset: Any) -> None:
+    """Raise for an evaluation set that `deletion_auc_samples` images cannot be taken from.
+
+    Raises:
+        ValueError: it has no length and index, or no images.
+    """
+    if dataset is None or not args.deletion_auc_samples:
+        return
+    if not has_index(dataset):
+        raise ValueError(
+            f"deletion_auc_samples={args.deletion_auc_samples} takes images from all over the evaluation set, but a "
+            f"{type(dataset).__name__} has no length and index: load it with streaming=False, or set it to 0"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"deletion_auc_samples={args.deletion_auc_samples}, but the evaluation set is empty")
+
+
+def _refuse_splits(dataset: Any) -> None:
+    if isinstance(dataset, Mapping):
+        splits = list(dataset)
+        first = "train" if "train" in splits else next(iter(splits), "train")
+        raise ValueError(
+            f"train_dataset is a {type(dataset).__name__} of {splits}, and training takes one data set: pass one of "
+            f"them, for example train_dataset=data[{first!r}]"
+        )
+
+
+def _refuse_training_set(dataset: Any) -> None:
+    if dataset is not None and has_index(dataset) and len(dataset) == 0:
+        raise ValueError("train_dataset is empty: K needs at least one training sample")
+    if dataset is None or has_index(dataset):
+        return
+    raise ValueError(
+        f"train_dataset is a {type(dataset).__name__} without length and index, but a K per sample needs both: load it "
+        "with streaming=False (or datasets.Dataset.from_generator), or use method='standard'"
+    )
+
+
+def _refuse_parallelism(trainer: Trainer) -> None:
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"DataParallel over {args.n_gpu} GPUs is refused: it loses the gradients of torch.autograd.grad. Use "
+            f"`accelerate launch --num_processes {args.n_gpu}`, or CUDA_VISIBLE_DEVICES=0"
+        )
+    if getattr(trainer, "is_fsdp_enabled", False) or args.fsdp:
+        raise ValueError(
+            f"FSDP is refused: its sharded parameters have not been shown to give exact gradients here. {_DDP}"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(f"DeepSpeed is refused: its engine has not been shown to give exact gradients here. {_DDP}")
+    if getattr(args, "ddp_static_graph", None):
+        raise ValueError(
+            "ddp_static_graph=True is refused: with the saliency's backward pass the gradients come out wrong. "
+            "Leave it away"
+        )
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise ValueError(
+                f"{name}={{'use_reentrant': True}} is refused: reentrant checkpointing forbids torch.autograd.grad. "
+                "Leave it at its default, False"
+            )
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches=True is refused: the batches must come from the data set of each process. Leave it away"
+        )
+    if accelerator.num_processes > 1 and not accelerator.even_batches:
+        raise ValueError(
+            "even_batches=False is refused with several processes: K is shared batch by batch. Leave it away"
+        )
+
+
+def _refuse_unsavable(trainer: Trainer) -> None:
+    """Raise for a weight of two names that the model does not declare as tied (timm's CoaT): no checkpoint takes it."""
+    # Where transformers itself saves: PEFT saves its adapters alone.
+    declared = vars(trainer.model).get("all_tied_weights_keys")
+    if trainer.args.save_strategy == "no" or declared is None:
+        return
+    names: dict[int, str] = {}
+    for name, weight in trainer.model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(weight), name)
+        if first != name and declared.keys().isdisjoint((first, name)):
+            raise ValueError(
+                f"{first} and {name} are one weight, which transformers does not save: each checkpoint would fail. "
+                "Take another architecture, or set save_strategy='no' and save model.state_dict() by torch.save"
+            )

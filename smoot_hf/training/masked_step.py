@@ -1,0 +1,329 @@
+"""One step of Algorithm 2 on a batch: saliency, mask, fill, masked forward pass. Needs no Trainer."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import functional as SF
+from ..functional.saliency import without_autocast
+from ..models.logits import no_logits, run_classifier
+from .arguments import SmootTrainingArguments
+
+
+class CleanPass(NamedTuple):
+    """The model's own output, its logits (B, classes), and the gradient that ranks the pixels, like its input."""
+
+    outputs: Any
+    logits: Tensor
+    gradient: Tensor
+
+
+def shared_pass(
+    model: nn.Module, pixel_values: Tensor, labels: Tensor | None, score: str, other_inputs: Mapping[str, Any]
+) -> CleanPass:
+    """One forward pass for the loss and for the gradient of the score; the graph is kept.
+
+    A function of its arguments alone, so that `torch.compile` takes it as a whole: compiled together, the pass to the
+    pixels computes no weight gradients, which the backward pass of a model compiled by itself always does.
+
+    Args:
+        model: its output has `logits`.
+        pixel_values: float (B, C, H, W), requiring grad.
+        labels: int64 (B,), the class whose score it is; `None`: the predicted one.
+        score: `"logit"` or `"log_prob"`, as in `ranking_score`.
+        other_inputs: further keyword arguments of the model.
+    """
+    outputs, logits = forward(model, pixel_values, other_inputs)
+    ranked = SF.ranking_score(logits, logits.argmax(dim=1) if labels is None else labels, score)
+    with without_autocast(pixel_values.device.type):
+        (gradient,) = torch.autograd.grad(ranked.sum(), pixel_values, retain_graph=True)
+    return CleanPass(outputs, logits, gradient)
+
+
+def compiled_as_the_model(accelerator: Accelerator) -> Callable[..., CleanPass]:
+    """`shared_pass`, compiled by the same settings as the model where the model is compiled."""
+    plugin = accelerator.state.dynamo_plugin
+    return shared_pass if plugin.backend == DynamoBackend.NO else compiled_pass(**plugin.to_kwargs())
+
+
+def compiled_pass(**kwargs: Any) -> Callable[..., CleanPass]:
+    """`shared_pass` compiled as one graph, its gradient included; `kwargs` as of `torch.compile`."""
+    compiled = torch.compile(shared_pass, **kwargs)
+
+    @wraps(shared_pass)
+    def clean_pass(*args: Any) -> CleanPass:
+        # By default the compiler breaks the graph at torch.autograd.grad, which then runs the whole backward graph.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*args)
+
+    return clean_pass
+
+
+def loss_pass(
+    model: nn.Module,
+    pixel_values: Tensor,
+    labels: Tensor,
+    other_inputs: Mapping[str, Any],
+    weights: Sequence[Tensor],
+) -> tuple[CleanPass, Tensor]:
+    """One backward pass of the cross-entropy for its weight gradients and for the saliency of the log-probability.
+
+    The gradient of the cross-entropy is minus that of log p_y. The graph of the clean view is freed before the masked
+    one is built.
+
+    Args:
+        model: as in `shared_pass`, as are the next two and `other_inputs`.
+        pixel_values: as there.
+        labels: int64 (B,).
+        other_inputs: as there.
+        weights: the trained parameters.
+
+    Returns:
+        The pass, its logits detached; and the cross-entropy (B,), whose sum (or mean) carries the gradients just
+        computed on. Any other use of it in a loss gives NaN gradients: they are known for the sum alone.
+    """
+    outputs, logits = forward(model, pixel_values, other_inputs)
+    derivative = SF.log_prob_derivative(logits, labels)
+    with without_autocast(pixel_values.device.type):
+        gradient, *gradients = torch.autograd.grad(
+            logits, [pixel_values, *weights], -derivative.to(logits.dtype), allow_unused=True
+        )
+    if gradient is None:
+        raise ValueError("the model's logits do not depend on its pixel_values, so there is no saliency")
+    logits = logits.detach()
+    ce = _KnownGradients.apply(SF.classification_loss(logits, labels), gradients, *weights)
+    return CleanPass(outputs, logits, -gradient), ce
+
+
+def without_image_gradient(logits: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The same logits, whose backward pass ends at the weights.
+
+    A graph that has given the saliency gives the gradient of the images in every pass through it; only one that is
+    asked for the weights by name leaves it out.
+
+    Args:
+        logits: (B, classes), with the graph of the model.
+        weights: the trained parameters.
+    """
+    return _WeightsAlone.apply([logits], *weights)
+
+
+def forward(model: nn.Module, pixel_values: Tensor, other_inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """The model's own output and its logits (B, classes).
+
+    Raises:
+        ValueError: it has none, is a bare tensor, or in training they carry no gradient.
+    """
+    outputs, logits = run_classifier(model, pixel_values, other_inputs, num_labels=num_labels_of(model))
+    if isinstance(outputs, Tensor):
+        # The Trainer takes what is not a dict for a tuple that begins with the loss, and would lose the first image.
+        raise ValueError(no_logits(outputs))
+    if torch.is_grad_enabled() and not logits.requires_grad:
+        raise ValueError(
+            "the model's logits carry no gradient, which saliency is: its forward detaches them or runs under "
+            "torch.no_grad()"
+        )
+    return outputs, logits
+
+
+class _WeightsAlone(torch.autograd.Function):
+    """Logits whose graph autograd does not see: `backward` asks it for the gradients of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: list[Tensor], *weights: Tensor) -> Tensor:
+        # In a list, so that no edge leads to their graph.
+        (ctx.logits,), ctx.weights = logits, weights
+        return ctx.logits.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *torch.autograd.grad(ctx.logits, ctx.weights, grad, allow_unused=True)
+
+
+class _KnownGradients(torch.autograd.Function):
+    """Per-sample values whose sum has gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gradients: list[Tensor | None], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        # Weighted one by one, the samples would need gradients of their own: NaN rather than silently wrong, without
+        # waiting for the device to say so.
+        factor = torch.where((grad == grad[0]).all(), grad[0], math.nan)
+        return None, None, *(None if known is None else known * factor for known in ctx.gradients)
+
+
+def num_labels_of(model: nn.Module) -> int | None:
+    """Number of classes by the configuration of the model, also where DDP or torch.compile wraps it."""
+    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return getattr(getattr(model, "config", None), "num_labels", None)
+
+
+class MaskedStep(NamedTuple):
+    """What a step yields: the model's own output on the clean images, and per-sample parts, each (B,)."""
+
+    outputs: Any
+    ce: Tensor
+    kl: Tensor
+    delta: Tensor
+    is_masked: Tensor
+
+
+def masked_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    sample_idx: Tensor,
+    k: Tensor,
+    epoch: int,
+    args: SmootTrainingArguments,
+    resize: Callable[[Tensor], Tensor] | None = None,
+    other_inputs: Mapping[str, Any] | None = None,
+    saliency_model: nn.Module | None = None,
+    weights: Sequence[Tensor] | None = None,
+    clean_pass: Callable[..., CleanPass] = shared_pass,
+) -> MaskedStep:
+    """The clean and the masked view of a batch, and what the objective and the budget need of them.
+
+    The loss of Equation 5 is the mean of `ce + kl_weight * kl`; `delta` moves K (`MaskBudget.update`). Where gradients
+    are accumulated over several calls, keep their `sample_idx` and `delta`, and update K once, with all of them, when
+    the optimizer has stepped; `recipes/accelerate_loop.py` shows the loop. Nothing waits for the device. With K = 0
+    and `shared_dropout` the two views are one: `kl` and `delta` are exactly 0.
+
+    Args:
+        model: in train mode; its output has `logits` (B, classes).
+        images: float (B, C, H, W), augmented and normalised, at the resolution at which the mask acts.
+        labels: int64 (B,).
+        sample_idx: int64 (B,) rows of the training set: with `epoch` and `args.seed` they determine the fill.
+        k: integers (B,), masked positions of each image, from `MaskBudget.read`.
+        epoch: number of the epoch.
+        args: what the fields of `SmootTrainingArguments` say of saliency, mask, fill and delta.
+        resize: differentiable resizing from `images` to the model's input, after the mask.
+        other_inputs: further keyword arguments of the model.
+        saliency_model: the module itself, where `model` wraps it (DDP, `torch.compile`): `saliency_pass="eval"`
+            changes its modes, and a compiled `clean_pass` runs it.
+        weights: the trained parameters, if the passes may be cut down to what they need. Where nothing wraps the model,
+            the final backward pass then leaves out the gradient of the images. `kl_gradient="masked"` with
+            `saliency_score="log_prob"` takes saliency and gradients from one backward pass of the cross-entropy
+            (`loss_pass`): only the sum or mean of `ce` has a gradient then. Either way `outputs` cannot be used in a
+            loss; where that is wanted, leave `weights` away. Without effect where a weight has a gradient hook
+            (`Tensor.register_hook`), which is called once, with the whole gradient.
+        clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
+
+    Raises:
+        ValueError: the model's output has no `logits` (B, classes), or they do not carry a gradient.
+    """
+    images, inputs = images.detach(), other_inputs or {}
+    # A hook on a weight would change the clean view's gradient on its own, and then the sum of both views' once more.
+    if weights is not None and any(weight._backward_hooks for weight in weights):
+        weights = None
+    network = model if saliency_model is None else saliency_model
+    # The final backward pass ends at the model's input: nobody needs the gradient of the resizing there.
+    leaf = images if resize is None else images.clone().requires_grad_()
+    resized = leaf if resize is None else resize(leaf)
+    pixel_values = resized.detach().requires_grad_()
+
+    ce = None
+    with _random_state_rewound(images.device, enabled=args.shared_dropout):
+        if args.saliency_pass == "eval":
+            outputs, logits = forward(model, pixel_values.detach(), inputs)
+        elif weights is not None and _loss_gives_saliency(args):
+            (outputs, logits, gradient), ce = loss_pass(model, pixel_values, labels, inputs, weights)
+        else:
+            ranked = model if clean_pass is shared_pass else network
+            outputs, logits, gradient = clean_pass(
+                ranked, pixel_values, _target(labels, args), args.saliency_score, inputs
+            )
+    if args.saliency_pass == "eval":
+        with _eval_mode(network):
+            gradient = clean_pass(network, pixel_values, _target(labels, args), args.saliency_score, inputs).gradient
+    if resize is not None:
+        (gradient,) = torch.autograd.grad(resized, leaf, gradient)
+    # Behind DDP all gradients would come at once, at the end, and none be sent while others are computed. A compiled
+    # graph computes the images' gradient whoever asks.
+    if args.saliency_pass == "shared" and weights is not None and ce is None and model is network:
+        logits = without_image_gradient(logits, weights)
+    if ce is None:
+        ce = SF.classification_loss(logits, labels, args.label_smoothing_factor)
+
+    masked, is_masked = mask_images(images, gradient, sample_idx, k, epoch, args)
+    _, masked_logits = forward(model, masked if resize is None else resize(masked), inputs)
+
+    reference = logits if args.kl_gradient == "both" else logits.detach()
+    return MaskedStep(
+        outputs=outputs,
+        ce=ce,
+        kl=SF.kl_divergence(reference, masked_logits),
+        delta=SF.probability_shift(logits, masked_logits, args.alpha, args.top_n, args.delta_mode, labels),
+        is_masked=is_masked,
+    )
+
+
+def mask_images(
+    images: Tensor, gradient: Tensor, sample_idx: Tensor, k: Tensor, epoch: int, args: SmootTrainingArguments
+) -> tuple[Tensor, Tensor]:
+    """The images with their `k` pixels of least gradient replaced, and which these are: (B, C, H, W), (B, 1, H, W).
+
+    Args:
+        images: as in `masked_step`, as are the last four arguments.
+        gradient: of the score with respect to the images, (B, C, H, W).
+    """
+    is_masked = SF.least_salient_mask(SF.channel_mean(gradient, args.signed_saliency), k)
+    if args.mask_fill == "mean":
+        fill = SF.mean_fill(images)
+    else:
+        noise = SF.counter_uniform(args.seed, epoch, sample_idx, tuple(images.shape[1:]))
+        fill = SF.uniform_fill(images, is_masked, noise)
+    return torch.where(is_masked, fill, images), is_masked
+
+
+def _target(labels: Tensor, args: SmootTrainingArguments) -> Tensor | None:
+    return labels if args.saliency_target == "label" else None
+
+
+def _loss_gives_saliency(args: SmootTrainingArguments) -> bool:
+    """Whether the gradient of the cross-entropy is all that is asked of the clean view's graph."""
+    return (
+        args.kl_gradient == "masked"
+        and args.saliency_score == "log_prob"
+        and args.saliency_target == "label"
+        and args.saliency_pass == "shared"
+        and args.label_smoothing_factor == 0
+    )
+
+
+@contextmanager
+def _random_state_rewound(device: torch.device, enabled: bool) -> Iterator[None]:
+    """Put the random state back at the end, so that the next forward pass draws the same dropout as this one."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, enabled=enabled, device_type="cuda" if device.type == "cpu" else device.type):
+        yield
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the whole model in eval mode, and each module back to the mode it was found in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Not by the flags alone: what a module keeps from its passes in eval mode (LeViT its attention biases) it drops
+        # in `train`, and would go on with in later evaluations.
+        model.train()
+        for module, training in modes:
+            module.training = training

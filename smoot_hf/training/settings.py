@@ -1,0 +1,134 @@
+"""The settings of the method: what one step needs to know, with or without a Trainer."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SmootSettings:
+    """The fields of SMOOT, SGT and standard training that one step and the mask budget depend on.
+
+    `SmootTrainingArguments` has the same fields and makes these settings (`args.settings`); a training loop of one's
+    own makes them itself. Pixels are positions of the image that the mask acts on, before any resizing to the model's
+    input.
+
+    Args:
+        method: `"standard"` (cross-entropy alone), `"sgt"` (every image masked by the same K) or `"smoot"` (a K of
+            its own for every image, Equation 4).
+        mask_ratio: K at the start, and for sgt throughout, as a fraction of H*W; floored to pixels.
+        mask_ratio_min: K_min of Equation 4, as a fraction of H*W.
+        mask_ratio_max: K_max of Equation 4, as a fraction of H*W.
+        step_size: mu of Equation 4, at least 0; with 0 smoot is sgt.
+        step_unit: `"pixels"`, or `"percent"`: mu counts percentage points of H*W.
+        rounding: of mu * delta (Equation 4): `"floor"` as printed, `"trunc"` or `"nearest"`.
+        alpha: weight of the highest output in delta (Equation 3), in [0, 1].
+        top_n: n of Equation 2, at least 1; cut to the number of classes.
+        delta_mode: whose i-th highest output: `"rank"` (each distribution by its own order), `"class"` (the clean
+            one's order) or `"label"` (the label first).
+        kl_weight: lambda of Equation 5, at least 0.
+        saliency_score: the output whose gradient is the saliency: `"logit"` or `"log_prob"`.
+        signed_saliency: rank the gradient as it is (Algorithm 2), or its magnitude.
+        saliency_target: the class whose score it is: `"label"` or `"predicted"`.
+        saliency_pass: `"shared"` (one forward pass serves saliency and loss) or `"eval"` (a pass of its own, dropout
+            off, batch statistics untouched).
+        shared_dropout: clean and masked images see the same dropout draw, so that delta measures the mask alone.
+        kl_gradient: `"both"`, or `"masked"`: f(X) is a constant teacher in the KL term.
+        mask_fill: what replaces a pixel: `"uniform"` (Section 4.1) or `"mean"` (of its channel in that image).
+        label_smoothing_factor: of the cross-entropy, in [0, 1].
+        seed: of the fill, with the epoch and the index of the sample.
+
+    Raises:
+        ValueError: a field is out of its range; the message names field, value and range.
+    """
+
+    method: Literal["standard", "sgt", "smoot"] = _setting(
+        "smoot", "standard: cross-entropy alone. sgt: one fixed K for all images. smoot: each image's K adapts."
+    )
+    mask_ratio: float = _setting(0.5, "Initial K (for sgt: the K) as a fraction of the image's H*W pixels, in [0, 1].")
+    mask_ratio_min: float = _setting(0.2, "K_min of Equation 4 as a fraction of H*W, in [0, mask_ratio] (smoot).")
+    mask_ratio_max: float = _setting(0.8, "K_max of Equation 4 as a fraction of H*W, in [mask_ratio, 1] (smoot).")
+    step_size: float = _setting(10.0, "mu of Equation 4: how far K moves for delta = 1, in step_unit; 0 = sgt.")
+    step_unit: Literal["pixels", "percent"] = _setting(
+        "pixels", "Unit of step_size: pixels, or percentage points of H*W (for images far above 32x32)."
+    )
+    rounding: Literal["floor", "trunc", "nearest"] = _setting(
+        "floor", "Rounding of mu * delta in Equation 4. floor (as printed) costs a pixel for any negative delta; trunc."
+    )
+    alpha: float = _setting(0.8, "Weight of the highest output in delta, Equation 3, in [0, 1].")
+    top_n: int = _setting(5, "n of Equation 2: how many of the highest outputs delta looks at, at least 1.")
+    delta_mode: Literal["rank", "class", "label"] = _setting(
+        "rank", "Whose i-th highest output: rank: each distribution's own; class: the clean order; label: label first."
+    )
+    kl_weight: float = _setting(1.0, "lambda of Equation 5: weight of KL(f(X) || f(X~)), at least 0.")
+    saliency_score: Literal["logit", "log_prob"] = _setting(
+        "logit", "The output whose input gradient is the saliency. log_prob gradients vanish as the model fits."
+    )
+    signed_saliency: bool = _setting(True, "Rank the gradient as it is (Algorithm 2); False: its magnitude.")
+    saliency_target: Literal["label", "predicted"] = _setting("label", "The class whose score gives the saliency.")
+    saliency_pass: Literal["shared", "eval"] = _setting(
+        "shared", "shared: the training forward pass also gives the saliency; eval: a forward pass in eval mode does."
+    )
+    shared_dropout: bool = _setting(True, "Clean and masked images see the same dropout draw.")
+    kl_gradient: Literal["both", "masked"] = _setting(
+        "both", "Where the KL term's gradient flows: through both predictions, or the masked one alone."
+    )
+    mask_fill: Literal["uniform", "mean"] = _setting(
+        "uniform", "What replaces a pixel: uniform noise in the range of what remains, or the channel's mean."
+    )
+    # The last two are fields of `TrainingArguments`.
+    label_smoothing_factor: float = 0.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            if f.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{f.name} must be True or False, got {value!r}")
+        for name in ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "alpha", "label_smoothing_factor"):
+            require_number(name, getattr(self, name), 0, 1)
+        for name in ("step_size", "kl_weight"):
+            require_number(name, getattr(self, name), 0, math.inf)
+        require_count("top_n", self.top_n, 1)
+        if self.method == "smoot" and not self.mask_ratio_min <= self.mask_ratio <= self.mask_ratio_max:
+            raise ValueError(
+                "mask_ratio_min <= mask_ratio <= mask_ratio_max must hold, got "
+                f"mask_ratio_min={self.mask_ratio_min}, mask_ratio={self.mask_ratio}, "
+                f"mask_ratio_max={self.mask_ratio_max}"
+            )
+
+    def step_in_pixels(self, image_size: tuple[int, int]) -> float:
+        """mu in pixels of an image of (H, W)."""
+        if self.step_unit == "pixels":
+            return self.step_size
+        return self.step_size / 100 * image_size[0] * image_size[1]
+
+
+def require_number(name: str, value: float, low: float, high: float) -> None:
+    """Refuse what is no number in [low, high].
+
+    Raises:
+        ValueError: naming the field, its value and the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not (low <= value <= high and math.isfinite(value)):
+        allowed = f"in [{low}, {high}]" if math.isfinite(high) else f"finite and at least {low}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def require_count(name: str, value: float, low: int) -> None:
+    """Refuse what is no whole number of at least `low`.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    require_number(name, value, low, math.inf)
+    if value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")

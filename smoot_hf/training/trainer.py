@@ -1,0 +1,515 @@
+"""SmootTrainer and SmootMixin: the objective of SMOOT, SGT and standard training inside any Hugging Face Trainer."""
+
+import math
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from .. import functional as SF
+from ..data.input_pipeline import InputPipeline
+from ..evaluation.faithfulness import evaluate_faithfulness
+from ..evaluation.ranked_batches import NothingToMeasureError, evenly_spread, has_index
+from ..fingerprint import is_identified
+from ..models.classifier import vision_config
+from ..models.state import random_state_kept
+from .allocator import freed_memory_kept
+from .arguments import SmootTrainingArguments
+from .checkpoint_folder import RunIdentity, require_one_content
+from .checkpoints import ResumableTrainer, make_output_dir
+from .checks import refuse_evaluation_set, refuse_model_parallelism, refuse_unsupported, warn_of_own_loss
+from .mask_budget import BudgetMoves, MaskBudget
+from .mask_budget_file import MASK_BUDGET_NAME
+from .masked_step import compiled_as_the_model, forward, masked_step
+from .publishing import HubTrainer
+from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset, check_class_labels, class_indices
+from .trackers import TRACKERS, LogWindow, Tracking
+
+
+class IndexedTrainer(Trainer):
+    """Attaches `sample_idx` to the training batches of any map-style data set, past the user's own collator.
+
+    The collator, the sampler and the columns that the Trainer removes are those of a plain `Trainer`; a stream without
+    index is passed through.
+    """
+
+    data_collator: Any
+    label_names: list[str]
+    # Set where the model's input is uint8 and made ready on the device.
+    input_pipeline: Any = None
+    _epoch: int | None = None
+    # The training set without the columns that the model does not take: other columns, the same rows.
+    _kept_columns: Any = None
+
+    def indexed_parts(self, dataset: Any, description: str) -> tuple[IndexedDataset, IndexedCollator]:
+        """The training set and its collator with `sample_idx`, unused columns removed as the Trainer would."""
+        if isinstance(dataset, datasets.Dataset):
+            kept, collator = self._remove_unused_columns(dataset, description=description), self.data_collator
+        else:
+            kept = dataset
+            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        return self._with_index(kept, collator, dataset)
+
+    def _with_index(self, kept: Any, collator: Any, original: Any) -> tuple[IndexedDataset, IndexedCollator]:
+        """A data set and the collator of its samples, with `sample_idx`; `original` is it with all its columns."""
+        removed = set(getattr(original, "column_names", [])) - set(getattr(kept, "column_names", []))
+        config = getattr(self.model, "config", None)
+        num_labels = getattr(config, "num_labels", None)
+        num_channels = getattr(vision_config(config), "num_channels", None)
+        uint8 = self.input_pipeline is not None
+        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8, removed)
+        return IndexedDataset(kept, removed), indexed
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        kept = super()._remove_unused_columns(dataset, description)
+        if dataset is self.train_dataset:
+            self._kept_columns = kept
+        return kept
+
+    def _attach_index(self, loader: Any) -> None:
+        """Let a loader say which rows its batches hold that a `get_train_dataloader` of the user's own has made.
+
+        One over other rows than the training set's, or without batches, is left as it is: there is no index to attach.
+        """
+        dataset = getattr(loader, "dataset", None)
+        is_training_set = dataset is self.train_dataset or (dataset is not None and dataset is self._kept_columns)
+        if not isinstance(loader, DataLoader) or not is_training_set or not has_index(dataset):
+            return
+        if loader.batch_sampler is None:
+            return
+        loader = getattr(loader, "base_dataloader", loader)  # below what accelerate makes of it
+        indexed, collator = self._with_index(dataset, loader.collate_fn, self.train_dataset)
+        # Past the attribute's guard, which is there because a sampler knows its data set: this one has the same rows.
+        vars(loader)["dataset"] = indexed
+        loader.collate_fn = collator
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        if not is_training or not has_index(dataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        indexed, collator = self.indexed_parts(dataset, description)
+        sampler_of_original = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        with self._replaced(collator):
+            return super()._get_dataloader(
+                indexed, description, batch_size, sampler_of_original, is_training, dataloader_key
+            )
+
+    @contextmanager
+    def _replaced(self, collator: IndexedCollator) -> Iterator[None]:
+        """Let the Trainer build its loader with `collator` as it is: the columns have been removed before."""
+        own, removes_columns = self.data_collator, self.args.remove_unused_columns
+        self.data_collator, self.args.remove_unused_columns = collator, False
+        try:
+            yield
+        finally:
+            self.data_collator, self.args.remove_unused_columns = own, removes_columns
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        # The Trainer counts what stands under "labels" alone.
+        name = self.label_names[0]
+        named = [{"labels": batch[name]} for batch in batch_samples if name in batch]
+        return super()._get_num_items_in_batch(named, device)
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        self._attach_index(kwargs.get("train_dataloader"))
+        # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.
+        self._epoch = epoch
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def epoch_number(self) -> int:
+        """Number of the epoch under way, from 0.
+
+        Raises:
+            RuntimeError: the installed transformers runs its epochs in another way.
+        """
+        if self.is_in_train and self._epoch is None:
+            raise RuntimeError("this version of transformers does not tell SmootTrainer its epochs: K would never move")
+        return self._epoch or 0
+
+
+logger = logging.get_logger(__name__)
+
+
+class BudgetedTrainer(IndexedTrainer, ResumableTrainer):
+    """K begins with a training, moves with its steps, is saved and restored with the optimizer's state.
+
+    Attributes:
+        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
+    """
+
+    args: SmootTrainingArguments
+    mask_budget: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.mask_budget = None
+        # The model and the training set that K belongs to.
+        self._budgeted: tuple[Any, Any] = (None, None)
+        super().__init__(*args, **kwargs)
+        self._log_window = LogWindow()
+        self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
+        self.add_callback(self._budget_moves)
+
+    def begin_mask_budget(self) -> None:
+        """K of every training sample at its start; looks at the first sample for the size of the images."""
+        dataset, collator = self.indexed_parts(self.train_dataset, "training")
+        with random_state_kept():
+            first = collator(dataset.__getitems__([0]))
+        # Weak: a search frees the model of each trial.
+        self._budgeted = weakref.ref(self.model), self.train_dataset
+        self.mask_budget = MaskBudget.for_training(
+            self.args, len(dataset), first["pixel_values"].shape[-2:], self.dataset_fingerprint()
+        )
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
+        self.args.check_smoot_fields()
+        refuse_unsupported(self)
+        if self.args.method == "standard" or self.train_dataset is None:
+            self.mask_budget = None
+        else:
+            model, dataset = self._budgeted
+            if self.mask_budget is not None and model() is self.model and dataset is self.train_dataset:
+                self.mask_budget.forget_visits()
+            else:
+                self.begin_mask_budget()
+        self._log_window = LogWindow()
+        self._budget_moves.begin(self.accelerator)
+        with freed_memory_kept(self.args.device.type == "cpu"):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.mask_budget is not None and self.args.should_save:
+            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME), self._origin(self.run_identity))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.mask_budget is None:
+            return
+        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
+        if os.path.isfile(path):
+            self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
+            if not is_identified(self.mask_budget.dataset_fingerprint):
+                logger.warning(
+                    f"K is taken from {path} row by row, but nothing identifies the training set: it must be the same, "
+                    "in the same order. Give the data set an attribute `fingerprint`, a string that changes with its "
+                    "content, and it is checked"
+                )
+        else:
+            logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
+            self.begin_mask_budget()
+        require_one_content(self.mask_budget.digest(), path, self.accelerator)
+
+    def _origin(self, run: RunIdentity | None) -> dict[str, Any]:
+        """What stands in the file of K beside the data: which training it is of, and after how many of its steps."""
+        run_id = None if run is None else run.run_id
+        return {"run_id": run_id, "seed": self.args.seed, "global_step": self.state.global_step}
+
+    def _move_budget(self, sample_idx: Tensor, delta: Tensor) -> None:
+        """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""
+        budget = self.mask_budget
+        assert budget is not None
+        moved = budget.update(sample_idx, delta, self.args.step_in_pixels(budget.image_size), self.args.rounding)
+        self._log_window.add(k_up=moved > 0, k_down=moved < 0)
+
+
+class MeasuringTrainer(Trainer):
+    """Every evaluation gains `deletion_auc` where `args.deletion_auc_samples` asks for it."""
+
+    input_pipeline: InputPipeline | None = None
+    label_names: list[str]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, and the area under the deletion curve."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.deletion_auc_samples and description == "Evaluation":
+            output.metrics[f"{metric_key_prefix}_deletion_auc"] = self._deletion_auc(dataloader)
+        return output
+
+    def _deletion_auc(self, dataloader: DataLoader) -> float:
+        """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set.
+
+        The images are those that the evaluation itself has seen: the loader's rows, through its collator. NaN where the
+        model predicts nothing or its saliency ranks nothing in any image, as in a run that has diverged.
+        """
+        refuse_evaluation_set(self.args, dataloader.dataset)
+        try:
+            return evaluate_faithfulness(
+                self.model,
+                evenly_spread(dataloader.dataset, self.args.deletion_auc_samples),
+                curves=(),
+                input_pipeline=self.input_pipeline,
+                data_collator=dataloader.collate_fn,
+                label_name=self.label_names[0],
+                batch_size=self.args.eval_batch_size,
+            ).deletion_auc
+        except NothingToMeasureError as error:
+            logger.warning(f"deletion_auc is NaN: {error}")
+            return math.nan
+
+
+_NO_INDEX = (
+    f"the training batch has no {SAMPLE_IDX!r}, by which K and augmentation are kept: train_dataset is a stream, or "
+    "get_train_dataloader was replaced by one that returns something else than a DataLoader over self.train_dataset "
+    "itself, in batches. Return one, or override _get_train_sampler or the data collator in its place"
+)
+
+# What SmootMixin does without asking the next class in line, and where a change of it belongs instead.
+_REPLACED = {
+    "compute_loss": "pass a loss of the logits and labels as compute_loss_func",
+    "create_model_card": "pass what the card shall say to push_to_hub",
+    "push_to_hub": "upload further files with huggingface_hub after it",
+}
+
+
+class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer):
+    """Masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6), in any `Trainer`.
+
+    `class Mine(SmootMixin, TheirTrainer)` gives SMOOT to a class that derives from `transformers.Trainer`; `Mine` takes
+    the arguments of both. `SmootTrainer` is this mixin on `Trainer` itself. For any image classifier whose output has
+    `logits`. Each sample's index is attached to the training batches and taken off again: collators, transforms,
+    metrics and callbacks need not know. Evaluation is the Trainer's own: no masking, and K does not move.
+
+    What `TheirTrainer` overrides keeps working, except for the methods whose work is done here and nowhere else,
+    `compute_loss`, `create_model_card` and `push_to_hub`: a class that has one of its own is refused when `Mine` is
+    defined. `Mine` itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and
+    the parameters.
+    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass:
+    forward hooks for the clean and the masked images, backward hooks for the saliency as well. A `get_train_dataloader`
+    of one's own may return any `DataLoader` over `self.train_dataset` itself that collates batches.
+
+    Args:
+        model: as in `Trainer`.
+        args: `SmootTrainingArguments`, or plain `TrainingArguments` for the defaults of SMOOT.
+        *others: as in `Trainer`.
+        input_pipeline: augments, normalises and resizes uint8 images in batches on the device, so that masks live at
+            the images' native resolution; without it the data set's own `pixel_values` are masked.
+        **more: as in `Trainer`.
+
+    Attributes:
+        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
+
+    Raises:
+        TypeError: when a class is derived, where a method of its other parents would never run.
+        ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
+        SaveError: the output folder cannot be made.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        for parent in order[order.index(SmootMixin) + 1 : order.index(Trainer)]:
+            hidden = _REPLACED & vars(parent).keys()
+            if hidden and parent not in SmootMixin.__mro__:
+                name = hidden.pop()
+                raise TypeError(
+                    f"{parent.__name__}.{name} would never run in {cls.__name__}, since SmootMixin has its own: "
+                    f"{_REPLACED[name]}, or override {name} in {cls.__name__} and call super().{name}"
+                )
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        input_pipeline: InputPipeline | None = None,
+        **more: Any,
+    ) -> None:
+        if args is None:
+            args = SmootTrainingArguments(output_dir="tmp_trainer")
+        elif not isinstance(args, SmootTrainingArguments):
+            args = SmootTrainingArguments.from_training_arguments(args)
+        # Before the Trainer, which fails in accelerate's words where the processes are too few.
+        refuse_model_parallelism(model, args.parallelism_config)
+        make_output_dir(args)
+        self.input_pipeline = input_pipeline
+        super().__init__(model, args, *others, **more)
+        # The loss below is normalised by the items of the whole accumulated batch, whatever the model declares.
+        self.model_accepts_loss_kwargs = True
+        # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
+        self.label_names = self.label_names or ["labels"]
+        self._own_loss_is_known = False
+        self._clean_pass = compiled_as_the_model(self.accelerator)
+        refuse_unsupported(self)
+        if args.method != "standard" and self.train_dataset is not None:
+            self.begin_mask_budget()
+        if not TRACKERS.isdisjoint(args.report_to):
+            self.add_callback(Tracking(self))
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self.input_pipeline is None or "pixel_values" not in inputs:
+            return inputs
+        if not self.model.training:
+            images = self.input_pipeline.prepare_evaluation(inputs["pixel_values"])
+        elif SAMPLE_IDX in inputs:
+            epoch = self.epoch_number()
+            images = self.input_pipeline.prepare_training(inputs["pixel_values"], inputs[SAMPLE_IDX], epoch)
+        else:
+            raise ValueError(_NO_INDEX)
+        return {**inputs, "pixel_values": images}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Cross-entropy, and in training by sgt or smoot the KL term of the masked images (Equation 5).
+
+        Args:
+            model: as in `Trainer`.
+            inputs: the batch, on the device.
+            return_outputs: return the model's own output (of the clean images) as well. In training its logits carry
+                their graph, so that a `compute_loss` of one's own may add a term of them.
+            num_items_in_batch: number of samples of the whole accumulated batch, which normalises the sum.
+
+        Raises:
+            ValueError: a batch without images or labels, or without `sample_idx` in training; labels that are not one
+                whole number per sample; a model without logits.
+        """
+        inputs, label_name = dict(inputs), self.label_names[0]
+        for name in ("pixel_values", label_name):
+            if inputs.get(name) is None:
+                raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}: let the data collator make it")
+        labels = class_indices(inputs.pop(label_name), label_name)
+        images = inputs.pop("pixel_values")
+        sample_idx = inputs.pop(SAMPLE_IDX, None)
+        is_training = model.training and torch.is_grad_enabled()
+        if is_training:
+            self._warn_of_own_loss_once(images, labels, inputs)
+        if is_training and self.args.method != "standard":
+            weights = self._loss_weights(return_outputs)
+            loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch, weights)
+        else:
+            # In evaluation the pipeline has resized already, as the image processor does.
+            outputs, logits = forward(model, self._resize(images) if is_training else images, inputs)
+            if not is_training:
+                check_class_labels(labels, logits.shape[1])
+            ce = SF.classification_loss(logits, labels, self.args.label_smoothing_factor)
+            loss = self._classification_loss(outputs, labels, ce, num_items_in_batch)
+            if is_training:
+                self._log_window.add(ce_loss=ce)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was summed over all items
+        return (loss, outputs) if return_outputs else loss
+
+    def _masked_loss(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        sample_idx: Tensor | None,
+        others: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        weights: list[Tensor] | None,
+    ) -> tuple[Tensor, Any]:
+        """One step of Algorithm 2; returns the loss and the model's output on the clean images."""
+        if sample_idx is None or self.mask_budget is None:
+            raise ValueError(_NO_INDEX)
+        args, budget, epoch = self.args, self.mask_budget, self.epoch_number()
+        if images.shape[-2:] != budget.image_size:
+            raise ValueError(
+                "all training images must have one size, for K counts its pixels (resize them): got "
+                f"{tuple(images.shape[-2:])} after {budget.image_size}"
+            )
+        budget.begin_epoch(epoch)
+
+        step = masked_step(
+            model,
+            images,
+            labels,
+            sample_idx,
+            budget.read(sample_idx),
+            epoch,
+            args,
+            resize=None if self.input_pipeline is None else self.input_pipeline.resize,
+            other_inputs=others,
+            saliency_model=self.model,
+            weights=weights,
+            clean_pass=self._clean_pass,
+        )
+        self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
+        ce_loss = self._classification_loss(step.outputs, labels, step.ce, num_items_in_batch)
+        loss = ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch)
+        self._budget_moves.add(sample_idx, step.delta, loss)
+        return loss, step.outputs
+
+    def _warn_of_own_loss_once(self, images: Tensor, labels: Tensor, others: dict[str, Any]) -> None:
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._own_loss_is_known or self.compute_loss_func is not None or is_sharded:
+            return
+        self._own_loss_is_known = True
+        if self.is_world_process_zero():
+            warn_of_own_loss(self.model, self._resize(images), labels, self.label_names[0], others)
+
+    def _loss_weights(self, return_outputs: bool) -> list[Tensor] | None:
+        """The trained parameters, where nothing forbids to cut the backward passes down to what they need.
+
+        A loss of the user's own may need the graph of the outputs; fp16 scales the loss so that its gradients do not
+        vanish.
+        """
+        is_own = getattr(self.compute_loss, "__func__", None) is SmootMixin.compute_loss
+        adds_to_loss = return_outputs or not is_own
+        if adds_to_loss or self.compute_loss_func is not None or self.accelerator.scaler is not None:
+            return None
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def _resize(self, images: Tensor) -> Tensor:
+        return images if self.input_pipeline is None else self.input_pipeline.resize(images)
+
+    def _classification_loss(
+        self, outputs: Any, labels: Tensor, ce: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        return _batch_mean(ce, num_items_in_batch)
+
+    # --- what is reported ------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; training logs gain the parts of the loss and the statistics of K."""
+        if "loss" in logs:
+            logs.update(self._log_window.drain(self.accelerator))
+        if self.mask_budget is not None and ("loss" in logs or "train_loss" in logs):
+            logs.update(self.mask_budget.statistics())
+        super().log(logs, start_time)
+
+
+def _batch_mean(per_sample: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Mean over the batch, or this micro-batch's share of the mean over the whole accumulated batch."""
+    return per_sample.mean() if num_items_in_batch is None else per_sample.sum() / num_items_in_batch
+
+
+class SmootTrainer(SmootMixin, Trainer):
+    """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
+
+    Takes the place of `transformers.Trainer`; everything is said in `SmootMixin`, which does the same for a trainer
+    class of one's own.
+    """

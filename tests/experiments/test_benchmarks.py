@@ -1,0 +1,85 @@
+"""The benchmarks measure what they say they do. No test looks at a time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from captum.attr import Saliency
+from conftest import TinyImages, build
+from torch.nn import functional as F
+
+from smoot_hf.models.logits import LogitsModel
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Makes the benchmarks importable, as they import each other."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def test_the_published_step_masks_the_lowest_positions_of_the_eval_gradient(benchmarks):
+    """Catches another ranking, another number of pixels, or noise outside an image's range: another contender."""
+    from published_sgt import masked_images
+
+    data = TinyImages()
+    images, labels = data.images[:4], torch.tensor(data.labels[:4])
+    model = LogitsModel(build("cnn")).eval()
+    masked = masked_images(model, images.clone().requires_grad_(), labels, 20)
+    saliency = Saliency(model).attribute(images.clone().requires_grad_(), labels, abs=False).mean(1)
+    changed = (masked != images).flatten(2)
+    for row in range(4):
+        lowest = saliency[row].flatten().topk(20, largest=False).indices
+        assert changed[row].all(dim=0).nonzero().flatten().tolist() == sorted(lowest.tolist())
+        assert changed[row].any(dim=0).sum() == 20
+        assert images[row].min() <= masked[row].min()
+        assert masked[row].max() <= images[row].max()
+
+
+def test_the_published_loss_is_cross_entropy_and_kl(benchmarks, monkeypatch):
+    """Catches a contender that does less than the published one: both views in train mode, KL(clean, masked)."""
+    import published_sgt
+
+    data = TinyImages()
+    images, labels = data.images[:4], torch.tensor(data.labels[:4])
+    model = build("resnet").train()
+    monkeypatch.setattr(published_sgt, "masked_images", lambda model, images, *_: images.detach() + 1)
+    loss, _ = published_sgt.published_sgt_loss(model, images, labels, 0.5)
+    clean, masked = (model(pixel_values=x).logits for x in (images, images + 1))
+    kl = (clean.softmax(1) * (clean.log_softmax(1) - masked.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(loss(), F.cross_entropy(clean, labels) + kl)
+    assert model.training
+
+
+def test_peak_memory_counts_what_is_alive_at_once(benchmarks):
+    """Catches views and in-place results counted as new, and tensors counted after they are gone."""
+    from live_memory import peak_bytes
+
+    outside = torch.zeros(1000)
+
+    def run():
+        kept = torch.ones(1000)  # 4,000 bytes
+        for _ in range(5):
+            kept.view(10, 100).add_(outside.view(10, 100))
+            torch.zeros(500)  # 2,000 bytes, gone at once
+        outside.mul_(2)
+
+    assert peak_bytes(run, torch.device("cpu")) == 6000
+
+
+def test_every_way_of_a_step_runs_and_is_written_down(benchmarks, monkeypatch, tmp_path, capsys):
+    """Catches a benchmark that no longer runs, and a line that is missing from its table or its JSON."""
+    import training_step
+
+    output = tmp_path / "step.json"
+    arguments = ["--models", "cnn", "--batch", "2", "--steps", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["training_step.py", *arguments])
+    training_step.main()
+    ways = json.loads(output.read_text())["models"]["cnn"]["ways"]
+    assert list(ways) == ["standard", "published", "sgt", "smoot", "masked", "masking"]
+    assert ways["standard"]["ratio"] == 1
+    printed = capsys.readouterr().out
+    assert all(f"\n  {way} " in printed for way in ways)

@@ -1,0 +1,465 @@
+"""The recipes: their settings, their command line, and a run from the command to the saved model."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, TrainingArguments
+
+from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
+from smoot_hf.data.dataset import load_image_dataset
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+NAMES = sorted(path.stem for path in FOLDER.glob("train_*.py"))
+QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "200", "--max_eval_samples", "100"]
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch, tmp_path):
+    """As when a recipe is run: its folder is importable, and `runs/` is in the current directory."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def parse(recipe, *argv):
+    command_line = importlib.import_module("command_line")
+    defaults = getattr(importlib.import_module(recipe), "DEFAULTS", {}) if recipe != "train" else {}
+    return command_line.parse(command_line.make_parser(defaults, "help"), list(argv))
+
+
+def one_line(capsys):
+    """What a user sees of an error."""
+    error = capsys.readouterr().err.strip().splitlines()
+    return error[-1]
+
+
+def run(recipe, *argv):
+    module = importlib.import_module(recipe)
+    return importlib.import_module("train").main(module.DEFAULTS, argv=[*argv, *QUICK])
+
+
+def test_there_is_a_recipe_for_every_data_set():
+    """Fault: the tests below find nothing to test."""
+    assert NAMES == ["train_cifar10", "train_cifar100", "train_digits", "train_fashion_mnist", "train_mnist"]
+
+
+def test_nan_logits_are_wrong():
+    """Fault: the argmax of NaN, 0, that is right for the images of class 0 in a run that has diverged."""
+    accuracy = importlib.import_module("train").accuracy
+    logits = np.array([[np.nan, np.nan], [2.0, np.nan], [2.0, 1.0], [1.0, 2.0]], dtype=np.float32)
+    assert accuracy(EvalPrediction(logits, np.array([0, 0, 0, 0]))) == {"accuracy": 0.25}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_are_flags(name):
+    """Fault: a misspelled default, which argparse takes without a word."""
+    command_line = importlib.import_module("command_line")
+    defaults = {**command_line.DEFAULTS, **importlib.import_module(name).DEFAULTS}
+    args, recipe = parse(name)
+    for key, value in defaults.items():
+        if key not in ("output_dir", "report_to"):
+            assert getattr(args, key, getattr(recipe, key, None)) == value, key
+    assert args.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "alpha", "model"),
+    [
+        ("train_mnist", 1.0, 0.95, "cnn"),
+        ("train_fashion_mnist", 1.0, 0.95, "cnn"),
+        ("train_cifar10", 0.001, 0.8, "deit-tiny"),
+        ("train_cifar100", 0.001, 0.8, "deit-tiny"),
+    ],
+)
+def test_settings_are_the_papers(name, learning_rate, alpha, model):
+    """Fault: a table reproduced with the settings of another."""
+    args, recipe = parse(name)
+    assert (args.learning_rate, args.alpha, recipe.model, recipe.optimizer) == (learning_rate, alpha, model, "adadelta")
+    assert (args.num_train_epochs, args.per_device_train_batch_size, args.max_grad_norm) == (100, 256, 0)
+    assert (args.method, args.rounding, args.step_size, args.kl_weight, args.signed_saliency) == (
+        "smoot",
+        "trunc",
+        10,
+        1,
+        True,
+    )
+    assert str(args.lr_scheduler_type.value) == "constant"
+
+
+@pytest.mark.parametrize("as_first", [True, False])
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_flags_override_the_configuration_file_and_it_the_recipe(tmp_path, as_first, suffix):
+    """Fault: the file wins over the command line, or 5e-1 stays the text that YAML takes it for."""
+    path = tmp_path / f"config.{suffix}"
+    text = {"yaml": "alpha: 5e-1\ntop_n: 3\nhorizontal_flip: true\nmodel: null\n", "json": '{"alpha": 0.5, "top_n": 3}'}
+    path.write_text(text[suffix])
+    argv = [str(path)] if as_first else ["--config", str(path)]
+    args, recipe = parse("train_mnist", *argv, "--top_n", "4")
+    assert (args.alpha, args.top_n, recipe.model) == (0.5, 4, "cnn")
+    assert recipe.horizontal_flip == (suffix == "yaml")
+
+
+def test_output_directory_names_the_run():
+    """Fault: runs that overwrite each other."""
+    assert parse("train_mnist")[0].output_dir == "runs/mnist-cnn-smoot"
+    assert parse("train_cifar10", "--method", "sgt", "--dataset", "/data/cifar/")[0].output_dir == (
+        "runs/cifar-deit-tiny-sgt"
+    )
+    assert parse("train_mnist", "--output_dir", "here")[0].output_dir == "here"
+    # Seeds are runs of their own; the default one needs no mention.
+    assert parse("train_mnist", "--seed", "7")[0].output_dir == "runs/mnist-cnn-smoot-seed7"
+    assert parse("train_mnist", "--seed", "42")[0].output_dir == "runs/mnist-cnn-smoot"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean learning_rate"),
+        (["--max_train", "1"], "unknown argument --max_train"),
+        (["--method", "smot"], "invalid choice: 'smot'"),
+        (["--alpha", "2"], "alpha must be in [0, 1], got 2.0"),
+        (["missing.yaml"], "cannot read the configuration file 'missing.yaml'"),
+        (["--config", "wrong.yaml"], "unknown key 'datset' in wrong.yaml: did you mean dataset"),
+        (["--config", "list.yaml"], "must map names of flags to values"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv, message, capsys):
+    """Fault: two hundred flags of usage, or a traceback."""
+    Path("wrong.yaml").write_text("datset: digits\n")
+    Path("list.yaml").write_text("- 1\n")
+    with pytest.raises(SystemExit) as stop:
+        parse("train_digits", *argv)
+    assert stop.value.code == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset", "someone/something"], "--dataset takes a local directory"),
+        (["--model", "someone/something"], "--model takes a local directory"),
+        (["--image_column", "photo"], "image_column='photo' is not a column"),
+        (["--max_train_samples", "0"], "max_train_samples must be at least 1"),
+        (["--crop_padding", "-1"], "crop_padding must be at least 0"),
+        (["--resume_from_checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["--resume_from_checkpoint", "true"], "no whole checkpoint of this run in runs/digits-cnn-smoot;"),
+    ],
+)
+def test_wrong_data_or_model_are_one_line(argv, message, capsys):
+    """Fault: a traceback where the network or a name is missing."""
+    main = importlib.import_module("train").main
+    with pytest.raises(SystemExit) as stop:
+        main({"dataset": "digits"}, argv=[*argv, "--use_cpu"])
+    assert stop.value.code == 2
+    assert message in one_line(capsys)
+
+
+def test_help_explains_every_flag(capsys):
+    """Fault: a flag without help."""
+    parser = importlib.import_module("command_line").make_parser({}, "help")
+    unexplained = [a.dest for a in parser._actions if not a.help and not any("--no" in o for o in a.option_strings)]
+    assert unexplained == []
+
+
+def test_flags_read_from_the_sources_are_those_of_the_classes():
+    """Fault: a flag that is refused at once though the full parser takes it, or explained otherwise; a new release."""
+    defaults = importlib.import_module("train_mnist").DEFAULTS
+    full = importlib.import_module("command_line").make_parser(defaults, "help")
+    quick = importlib.import_module("flags").quick_parser(defaults, "help")
+    assert [action.option_strings for action in quick._actions] == [action.option_strings for action in full._actions]
+    ours = {f.name for f in fields(SmootTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
+    for mine, theirs in zip(quick._actions, full._actions, strict=True):
+        assert (mine.dest, mine.help or None) == (theirs.dest, theirs.help)
+        # None takes one value, "?" at most one, "*" any number: never fewer than the full parser takes.
+        allowed = {None: (None, "?"), "?": ("?",), "+": ("*",), 0: (0,)}
+        assert mine.nargs in (*allowed[theirs.nargs], "*"), mine.dest
+        assert mine.choices is None or list(mine.choices) == list(theirs.choices), mine.dest
+        assert mine.type in (None, theirs.type), mine.dest
+        if mine.dest in ours or mine.dest in defaults:
+            assert mine.default == theirs.default, mine.dest
+
+
+COMMANDS = [*NAMES, "train", "evaluate_faithfulness", "compare_methods", "demo"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_are_checked_before_anything_slow_is_imported(name, tmp_path):
+    """Fault: twenty seconds of importing before a misspelled flag is told, or --help shown."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{FOLDER.parent}"}
+    wrong = (
+        ["--lerning_rate", "1"]
+        if name not in ("evaluate_faithfulness", "demo")
+        else ["x", "--dataset", "y", "--prt", "1"]
+    )
+    for argv, code, expected in ((["--help"], 0, "usage: "), (wrong, 2, wrong[-2])):
+        done = subprocess.run(
+            [sys.executable, str(FOLDER / f"{name}.py"), *argv], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        assert expected in done.stdout + done.stderr
+        assert len(done.stderr.splitlines()) == (1 if code else 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "unknown argument --lerning_rate: did you mean learning_rate"),
+        (["--method", "smot"], "invalid choice: 'smot'"),
+        (["--top_n", "2.5"], "invalid int value: '2.5'"),
+        (["missing.yaml"], "cannot read the configuration file 'missing.yaml'"),
+        (["wrong.yaml"], "unknown key 'datset' in wrong.yaml: did you mean dataset"),
+    ],
+)
+def test_what_is_checked_early_is_told_in_the_same_words(argv, message, capsys):
+    """Fault: an early check that lets pass what it could refuse, or that says less than the full parser."""
+    Path("wrong.yaml").write_text("datset: digits\n")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("flags").check_flags({}, "help", argv)
+    assert stop.value.code == 2
+    assert message in one_line(capsys)
+
+
+def test_what_is_right_passes_the_early_check():
+    """Fault: a command that worked is refused."""
+    Path("right.yaml").write_text("alpha: 5e-1\nlabel_names: [a, b]\nlr_scheduler_kwargs: {a: 1}\n")
+    right = ["right.yaml", "--top-n", "4", "--bf16", "--horizontal_flip", "false", "--no_signed_saliency"]
+    right += ["--label_names", "a", "b", "--alpha", "-1", "--resume_from_checkpoint=true", "--warmup_steps", "0.1"]
+    importlib.import_module("flags").check_flags({"alpha": 0.95}, "help", right)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "class TrainingArguments(Other):\n    seed: int = 0\n",
+        "class TrainingArguments:\n    seed: int = (\n",
+    ],
+)
+def test_sources_that_do_not_tell_every_flag_refuse_none(source, monkeypatch):
+    """Fault: flags of a release that spreads its arguments over several classes are refused as unknown."""
+    flags = importlib.import_module("flags")
+    Path("training_args.py").write_text(source)
+    assert flags.read_flags_of(Path("training_args.py"), "TrainingArguments", []) is None
+    monkeypatch.setattr(flags, "_SOURCES", (("no_such_package", "a.py", "A", []),))
+    flags.check_flags({}, "help", ["--anything", "1"])
+
+
+def test_the_line_of_an_error_goes_into_the_launchers_report(monkeypatch, capsys, tmp_path):
+    """Fault: a launcher whose last words are that some process ended with code 2."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("flags").OneLineParser(prog="recipe").error("too\nmuch", code=1)
+    assert stop.value.code == 1
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert failure.message == "recipe: error: too much" == one_line(capsys)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent" / "error.json"))
+    with pytest.raises(SystemExit):
+        importlib.import_module("flags").OneLineParser(prog="recipe").error("too much")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [["--lerning_rate", "1"], ["--dataset", "nowhere", "--use_cpu"]])
+def test_torchrun_says_the_line_last(argv):
+    """Fault: our line is buried under the launcher's traceback, which says an exit code alone."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(FOLDER / "train_digits.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *argv], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    last = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("=")][-1]
+    assert "train_digits.py: error: " in last
+    assert argv[0].lstrip("-") in last or "nowhere" in last
+
+
+@pytest.mark.parametrize("method", ["smoot", "standard"])
+def test_digits_from_command_to_saved_model(method, capsys):
+    """Fault: what is saved is not what was evaluated (weights, processor, class names), or the summary is missing."""
+    metrics = run("train_digits", "--num_train_epochs", "2", "--method", method)
+    printed = capsys.readouterr().out
+    folder = Path(f"runs/digits-cnn-{method}")
+    assert f"{method} on digits: 200 training and 100 test images, 1 process(es) on cpu" in printed
+    assert f"test accuracy     {metrics['eval_accuracy']:.2%} of 100 images" in printed
+    assert ("K min/median/max" in printed) == (method == "smoot")
+    assert f"model saved in    {folder}" in printed
+    assert json.loads((folder / "all_results.json").read_text())["eval_accuracy"] == metrics["eval_accuracy"]
+
+    model, processor = (
+        AutoModelForImageClassification.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder),
+    )
+    test = load_image_dataset("digits")["test"].shuffle(seed=0).select(range(100))
+    with torch.no_grad():
+        predicted = model(**processor(test["image"][:], return_tensors="pt")).logits.argmax(1)
+    assert float(np.mean(predicted.numpy() == np.array(test["labels"]))) == pytest.approx(metrics["eval_accuracy"])
+    assert model.config.id2label[3] == "3"
+
+
+def test_photographs_of_mixed_sizes_from_command_to_record():
+    """Fault: a flag that training has and evaluation, demo or record have not, so that they see other images."""
+    for split, count in {"train": 6, "validation": 4, "extra": 2}.items():
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+        sizes = [(12 + i, 16 - i, 3) for i in range(count)]
+        images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, s, np.uint8)) for i, s in enumerate(sizes)]
+        columns = {"image": images, "label": [i % 2 for i in range(count)]}
+        path = Path(f"photographs/data/{split}-00000-of-00001.parquet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    flags = ["--image_size", "8", "--eval_split", "extra"]
+    quick = ["--output_dir", "run", "--num_train_epochs", "1", "--card_samples", "0"]
+    run("train_digits", "--dataset", "photographs", *flags, *quick)
+    settings = json.loads(Path("run/run.json").read_text())["settings"]
+    assert (settings["image_size"], settings["eval_split"]) == (8, "extra")
+    recorded = importlib.import_module("checkpoints").recorded_images(Path("run"), "test")
+    judge = importlib.import_module("evaluate_faithfulness")
+    options = judge.make_parser().parse_args(["run", "--dataset", "photographs", *flags])
+    judged = judge.load_test_images(options)
+    assert recorded.image_shape == judged.image_shape == (3, 8, 8)
+    assert len(recorded) == len(judged) == 2
+    assert recorded.fingerprint == judged.fingerprint
+    importlib.import_module("checkpoints").load_checkpoint("run", judged, "cpu")
+    processor = AutoImageProcessor.from_pretrained("run")
+    assert (processor.do_center_crop, processor.size["shortest_edge"]) == (True, 8)
+
+
+def test_evaluation_on_the_training_split_is_refused(capsys):
+    """Fault: training accuracy that is reported as test accuracy."""
+    with pytest.raises(SystemExit):
+        run("train_digits", "--eval_split", "train")
+    assert "eval_split='train' is what is trained on" in one_line(capsys)
+
+
+def test_adadelta_gets_its_flags():
+    """Fault: AdamW in its place, or a flag that does not reach it."""
+    train = importlib.import_module("train")
+    args, recipe = parse("train_digits", *QUICK, "--weight_decay", "0.1", "--learning_rate", "0.5")
+    trainer = train.make_trainer(train.prepare(args, recipe), args, recipe)
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    assert type(trainer.optimizer) is torch.optim.Adadelta
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_resumed_run_goes_on():
+    """Fault: the flag is parsed and forgotten."""
+    run("train_digits", "--num_train_epochs", "1")
+    run("train_digits", "--num_train_epochs", "2", "--resume_from_checkpoint", "true")
+    state = json.loads(Path("runs/digits-cnn-smoot/trainer_state.json").read_text())
+    assert state["epoch"] == 2
+    assert [entry["epoch"] for entry in state["log_history"] if "loss" in entry] == [1.0, 2.0]
+
+
+def refused(capsys, *argv):
+    """The line that a recipe ends with, which has not trained."""
+    with pytest.raises(SystemExit) as stop:
+        run("train_digits", *argv)
+    assert stop.value.code == 2
+    return one_line(capsys)
+
+
+def test_a_second_run_in_the_folder_of_a_first_one_is_refused_or_its_own(capsys):
+    """Fault: it goes on from the first one's checkpoint, or takes its record's place before it is refused."""
+    short = ["--num_train_epochs", "1", "--output_dir", "run"]
+    run("train_digits", *short, "--seed", "0")
+    record = Path("run/run.json").read_text()
+    capsys.readouterr()
+    assert "holds checkpoint-4 of another run (run " in refused(capsys, *short, "--seed", "1")
+    resume = ["--resume_from_checkpoint", "true"]
+    assert "its seed is 0, not 1" in refused(capsys, *short, "--seed", "1", *resume)
+    assert "its method is smoot, not sgt" in refused(capsys, *short, "--seed", "0", "--method", "sgt", *resume)
+    # Other data show only once they are there.
+    train, digits = importlib.import_module("train"), importlib.import_module("train_digits")
+    with pytest.raises(SystemExit) as stop:
+        train.main(digits.DEFAULTS, argv=[*QUICK, *short, "--seed", "0", *resume, "--max_train_samples", "40"])
+    assert stop.value.code == 1
+    assert "its dataset_fingerprint is v2-" in one_line(capsys)
+    assert Path("run/run.json").read_text() == record
+    run("train_digits", *short, "--seed", "1", "--overwrite_output_dir", "true")
+    assert json.loads(Path("run/run.json").read_text())["seed"] == 1
+
+
+def test_what_reads_a_run_reads_that_run(monkeypatch):
+    """Fault: the model, or the K, that an earlier run has left in the folder of one that is under way."""
+    checkpoints = importlib.import_module("checkpoints")
+    train = importlib.import_module("train")
+    short = ["--output_dir", "run", "--save_total_limit", "9"]
+    run("train_digits", *short, "--seed", "0", "--num_train_epochs", "2")
+    assert checkpoints.saved_model("run") == "run"
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(step):
+        class Dying(SmootTrainer):
+            def training_step(self, *args, **kwargs):
+                if self.state.global_step == step:
+                    raise Killed
+                return super().training_step(*args, **kwargs)
+
+        monkeypatch.setattr(train, "SmootTrainer", Dying)
+        with pytest.raises(Killed):
+            run("train_digits", *short, "--seed", "1", "--num_train_epochs", "2", "--overwrite_output_dir", "true")
+
+    images = checkpoints.recorded_images(Path("run"), "train")
+    kill_at(1)
+    with pytest.raises(ValueError, match="run is the folder of a run that has saved nothing yet"):
+        checkpoints.saved_model("run")
+    with pytest.raises(ValueError, match="run holds no checkpoint with mask_budget"):
+        checkpoints.load_budget(Path("run"), images)
+    kill_at(5)
+    newest = Path("run/checkpoint-4")
+    assert Path("run/checkpoint-8").is_dir()
+    assert checkpoints.saved_model("run") == str(newest)
+    expected = MaskBudget.load(newest / "mask_budget.safetensors").k
+    assert torch.equal(checkpoints.load_budget(Path("run"), images).k, expected)
+
+
+def test_a_limited_data_set_has_all_classes(tmp_path):
+    """Fault: the first rows of an imagefolder are all of one class; grey images reach a model that takes RGB."""
+    for name in ("cat", "dog"):
+        for split in ("train", "test"):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for i in range(20):
+                Image.new("L", (8, 8), color=10 * i).save(folder / f"{i}.png")
+    train = importlib.import_module("train")
+    args, recipe = parse(
+        "train", "--dataset", str(tmp_path / "set"), "--convert_rgb", "--use_cpu", "--max_train_samples", "10"
+    )
+    task = train.prepare(args, recipe)
+    assert (len(task.train), len(task.test)) == (10, 40)
+    assert set(task.train.labels) == {0, 1}
+    assert task.train.image_shape == (3, 8, 8)
+    assert task.processor.do_convert_rgb
+    assert task.model.config.label2id == {"cat": 0, "dog": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["torch.distributed.run", "--standalone", "--nproc_per_node=2"], 2),
+        (["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"], 1),
+    ],
+)
+def test_the_number_of_processes_is_said_as_it_is(launcher, processes, tmp_path):
+    """Fault: a launcher that starts fewer processes than it was asked to, and nobody notices."""
+    command = [sys.executable, "-m", *launcher, str(FOLDER / "train_digits.py"), *QUICK, "--num_train_epochs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"100 test images, {processes} process(es) on cpu") == 1
