@@ -16,6 +16,9 @@ from .models import PaperCnnForImageClassification as PaperCnnForImageClassifica
 from .models import load_model as load_model
 from .training import MaskBudget as MaskBudget
 from .training import SmootMixin as SmootMixin
+from .training import SmootSettings as SmootSettings
 from .training import SmootTrainer as SmootTrainer
 from .training import SmootTrainingArguments as SmootTrainingArguments
 from .training import masked_step as masked_step
+
+__version__: str

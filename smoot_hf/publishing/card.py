@@ -51,7 +51,7 @@ def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (),
     Args:
         trainer: a `SmootTrainer`.
         faithfulness: of its model on its evaluation set, one for each convention.
-        **given: the arguments of `HubTrainer.create_model_card`.
+        **given: the arguments of `SmootTrainer.create_model_card`.
 
     Raises:
         SaveError: the folder cannot be written to. What the model or the data raise passes as it is.
@@ -139,7 +139,7 @@ def _beside_arguments(trainer: Any) -> dict[str, Any]:
 def final_metrics(trainer: Any) -> dict[str, float]:
     """Metrics of the evaluation set for the weights that the trainer holds now; empty where it was not evaluated.
 
-    Evaluations of other data do not count, see `HubTrainer.evaluate`; of several evaluation sets each one does. With
+    Evaluations of other data do not count, see `SmootTrainer.evaluate`; of several evaluation sets each one does. With
     `load_best_model_at_end` the weights are not those of the last step.
     """
     state = trainer.state

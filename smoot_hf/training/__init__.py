@@ -3,6 +3,7 @@
 from .arguments import SmootTrainingArguments
 from .mask_budget import MaskBudget
 from .masked_step import masked_step
+from .settings import SmootSettings
 from .trainer import SmootMixin, SmootTrainer
 
-__all__ = ["MaskBudget", "SmootMixin", "SmootTrainer", "SmootTrainingArguments", "masked_step"]
+__all__ = ["MaskBudget", "SmootMixin", "SmootSettings", "SmootTrainer", "SmootTrainingArguments", "masked_step"]

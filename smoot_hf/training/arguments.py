@@ -5,11 +5,13 @@ import json
 import math
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from functools import cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
+
+from .settings import SmootSettings, require_count, require_number
 
 logger = logging.get_logger(__name__)
 
@@ -17,14 +19,27 @@ logger = logging.get_logger(__name__)
 # that does not end in "loss" for one of which greater is better.
 GREATER_IS_BETTER = {"deletion_auc": False, "insertion_auc": True}
 
-# Where and how a run is carried out, and what is looked at afterwards: none of it changes the trained weights.
-_NO_SETTINGS = {
-    *("method", "seed", "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "log_level"),
-    *("do_eval", "eval_strategy", "save_strategy", "save_total_limit", "logging_strategy", "logging_steps"),
-    *("per_device_eval_batch_size", "resume_from_checkpoint", "remove_unused_columns", "dataloader_num_workers"),
-    *("dataloader_pin_memory", "accelerator_config", "fsdp_config", "trackio_space_id"),
-    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
-    *("hub_revision", "overwrite_output_dir"),
+# Of the Trainer's arguments, those that decide the trained weights.
+_DECIDE_WEIGHTS = {
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("auto_find_batch_size", "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "data_seed"),
+    *(
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "warmup_ratio",
+        "optim",
+        "optim_args",
+    ),
+    *("optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("label_smoothing_factor", "average_tokens_across_devices", "neftune_noise_alpha", "bf16", "fp16", "tf32"),
+    *("use_liger_kernel", "liger_kernel_config", "ddp_broadcast_buffers", "fsdp", "deepspeed"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+}
+# These decide which weights are the best, where the best are taken.
+_DECIDE_THE_BEST = {
+    *("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps", "deletion_auc_samples"),
 }
 
 
@@ -32,7 +47,14 @@ def _argument(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+def _of_settings(name: str) -> Any:
+    """A field with the default and the help text that `SmootSettings` has for it."""
+    setting = SmootSettings.__dataclass_fields__[name]
+    return field(default=setting.default, metadata=setting.metadata)
+
+
+# Without a `repr` of its own: that of `TrainingArguments` hides the tokens.
+@dataclass(repr=False)
 class SmootTrainingArguments(TrainingArguments):
     """`TrainingArguments` and the fields of SMOOT; no inherited default differs.
 
@@ -73,41 +95,24 @@ class SmootTrainingArguments(TrainingArguments):
             names field, value and what is allowed.
     """
 
-    method: Literal["standard", "sgt", "smoot"] = _argument(
-        "smoot", "standard: cross-entropy alone. sgt: one fixed K for all images. smoot: each image's K adapts."
-    )
-    mask_ratio: float = _argument(0.5, "Initial K (for sgt: the K) as a fraction of the image's H*W pixels, in [0, 1].")
-    mask_ratio_min: float = _argument(0.2, "K_min of Equation 4 as a fraction of H*W, in [0, mask_ratio] (smoot).")
-    mask_ratio_max: float = _argument(0.8, "K_max of Equation 4 as a fraction of H*W, in [mask_ratio, 1] (smoot).")
-    step_size: float = _argument(10.0, "mu of Equation 4: how far K moves for delta = 1, in step_unit; 0 = sgt.")
-    step_unit: Literal["pixels", "percent"] = _argument(
-        "pixels", "Unit of step_size: pixels, or percentage points of H*W (for images far above 32x32)."
-    )
-    rounding: Literal["floor", "trunc", "nearest"] = _argument(
-        "floor", "Rounding of mu * delta in Equation 4. floor (as printed) costs a pixel for any negative delta; trunc."
-    )
-    alpha: float = _argument(0.8, "Weight of the highest output in delta, Equation 3, in [0, 1].")
-    top_n: int = _argument(5, "n of Equation 2: how many of the highest outputs delta looks at, at least 1.")
-    delta_mode: Literal["rank", "class", "label"] = _argument(
-        "rank", "Whose i-th highest output: rank: each distribution's own; class: the clean order; label: label first."
-    )
-    kl_weight: float = _argument(1.0, "lambda of Equation 5: weight of KL(f(X) || f(X~)), at least 0.")
-    saliency_score: Literal["logit", "log_prob"] = _argument(
-        "logit", "The output whose input gradient is the saliency. log_prob gradients vanish as the model fits."
-    )
-    signed_saliency: bool = _argument(True, "Rank the gradient as it is (Algorithm 2); False: its magnitude.")
-    saliency_target: Literal["label", "predicted"] = _argument("label", "The class whose score gives the saliency.")
-    saliency_pass: Literal["shared", "eval"] = _argument(
-        "shared", "shared: the training forward pass also gives the saliency; eval: a forward pass in eval mode does."
-    )
-    shared_dropout: bool = _argument(True, "Clean and masked images see the same dropout draw.")
-    kl_gradient: Literal["both", "masked"] = _argument(
-        "both", "Where the KL term's gradient flows: through both predictions, or the masked one alone."
-    )
-    mask_fill: Literal["uniform", "mean"] = _argument(
-        "uniform", "What replaces a pixel: uniform noise in the range of what remains, or the channel's mean."
-    )
-
+    method: Literal["standard", "sgt", "smoot"] = _of_settings("method")
+    mask_ratio: float = _of_settings("mask_ratio")
+    mask_ratio_min: float = _of_settings("mask_ratio_min")
+    mask_ratio_max: float = _of_settings("mask_ratio_max")
+    step_size: float = _of_settings("step_size")
+    step_unit: Literal["pixels", "percent"] = _of_settings("step_unit")
+    rounding: Literal["floor", "trunc", "nearest"] = _of_settings("rounding")
+    alpha: float = _of_settings("alpha")
+    top_n: int = _of_settings("top_n")
+    delta_mode: Literal["rank", "class", "label"] = _of_settings("delta_mode")
+    kl_weight: float = _of_settings("kl_weight")
+    saliency_score: Literal["logit", "log_prob"] = _of_settings("saliency_score")
+    signed_saliency: bool = _of_settings("signed_saliency")
+    saliency_target: Literal["label", "predicted"] = _of_settings("saliency_target")
+    saliency_pass: Literal["shared", "eval"] = _of_settings("saliency_pass")
+    shared_dropout: bool = _of_settings("shared_dropout")
+    kl_gradient: Literal["both", "masked"] = _of_settings("kl_gradient")
+    mask_fill: Literal["uniform", "mean"] = _of_settings("mask_fill")
     deletion_auc_samples: int = _argument(
         0, "Report deletion_auc (lower is better) over this many evaluation images at every evaluation; 0: do not."
     )
@@ -154,11 +159,18 @@ class SmootTrainingArguments(TrainingArguments):
         """What is pickled: all but `hub_token`, for the Trainer pushes its pickled arguments to the Hub."""
         return self.__dict__ | {"hub_token": None}
 
+    @property
+    def settings(self) -> SmootSettings:
+        """What one step and the mask budget need to know, checked.
+
+        Raises:
+            ValueError: a field is out of its range.
+        """
+        return SmootSettings(**{f.name: getattr(self, f.name) for f in fields(SmootSettings)})
+
     def step_in_pixels(self, image_size: tuple[int, int]) -> float:
         """mu in pixels of an image of (H, W)."""
-        if self.step_unit == "pixels":
-            return self.step_size
-        return self.step_size / 100 * image_size[0] * image_size[1]
+        return self.settings.step_in_pixels(image_size)
 
     def changed_from_defaults(self) -> dict[str, Any]:
         """What decides the weights, beside method and seed: the arguments that differ from their defaults, by name.
@@ -166,10 +178,13 @@ class SmootTrainingArguments(TrainingArguments):
         They are compared with the fields' defaults, since making a second instance would reset accelerate's state.
         """
         values = self.to_dict()
+        names = _DECIDE_WEIGHTS | {f.name for f in fields(SmootSettings)} - {"method", "seed"}
+        if self.load_best_model_at_end:
+            names |= _DECIDE_THE_BEST
         changed = {
             f.name: values[f.name]
             for f in fields(self)
-            if f.name in values and f.name not in _NO_SETTINGS and (values[f.name] or None) != (_default(f) or None)
+            if f.name in names and f.name in values and (values[f.name] or None) != (_default(f) or None)
         }
         return json.loads(json.dumps(changed, default=str, sort_keys=True))
 
@@ -179,32 +194,15 @@ class SmootTrainingArguments(TrainingArguments):
         Raises:
             ValueError: naming the field, its value and the range.
         """
-        for f in _smoot_fields():
-            choices = get_args(f.type)
-            if choices and getattr(self, f.name) not in choices:
-                raise ValueError(
-                    f"{f.name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, f.name)!r}"
-                )
-            if f.type is bool and not isinstance(getattr(self, f.name), bool):
-                raise ValueError(f"{f.name} must be True or False, got {getattr(self, f.name)!r}")
-        for name in ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "alpha", "label_smoothing_factor"):
-            _require(name, getattr(self, name), 0, 1)
-        for name in ("step_size", "kl_weight", "learning_rate", "weight_decay"):
-            _require(name, getattr(self, name), 0, math.inf)
-        # Two of the Trainer's own as well, which it divides by or passes on hours later; so are the last two above.
-        counts = {"top_n": 1, "deletion_auc_samples": 0}
-        counts |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
-        for name, low in counts.items():
-            value = getattr(self, name)
-            _require(name, value, low, math.inf)
-            if value != int(value):
-                raise ValueError(f"{name} must be a whole number, got {value}")
-        if self.method == "smoot" and not self.mask_ratio_min <= self.mask_ratio <= self.mask_ratio_max:
-            raise ValueError(
-                "mask_ratio_min <= mask_ratio <= mask_ratio_max must hold, got "
-                f"mask_ratio_min={self.mask_ratio_min}, mask_ratio={self.mask_ratio}, "
-                f"mask_ratio_max={self.mask_ratio_max}"
-            )
+        _ = self.settings
+        if not isinstance(self.overwrite_output_dir, bool):
+            raise ValueError(f"overwrite_output_dir must be True or False, got {self.overwrite_output_dir!r}")
+        # Of the Trainer's own as well, which it divides by, or passes on hours later.
+        for name in ("learning_rate", "weight_decay"):
+            require_number(name, getattr(self, name), 0, math.inf)
+        require_count("deletion_auc_samples", self.deletion_auc_samples, 0)
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+            require_count(name, getattr(self, name), 1)
         self._check_direction()
 
     def _check_direction(self) -> None:
@@ -281,11 +279,3 @@ def _without_values(kind: Any) -> Any:
 def _smoot_fields() -> list[Any]:
     inherited = {f.name for f in fields(TrainingArguments)}
     return [f for f in fields(SmootTrainingArguments) if f.name not in inherited]
-
-
-def _require(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not (low <= value <= high and math.isfinite(value)):
-        allowed = f"in [{low}, {high}]" if math.isfinite(high) else f"finite and at least {low}"
-        raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -30,8 +30,11 @@ from .checkpoint_folder import (
 logger = logging.get_logger(__name__)
 
 
-class ResumableTrainer(Trainer):
-    """Goes on after a crash at any moment, also in the middle of a save, from its run's newest whole checkpoint.
+class CheckpointTrainer(Trainer):
+    """The layer of checkpoints: after a crash at any moment, training goes on from its run's newest whole checkpoint.
+
+    Where a checkpoint or a model cannot be written, the error names the folder, the reason and the remedy, and nothing
+    that was saved before is lost.
 
     Attributes:
         run_identity: of the training under way, or of the last one; written into each of its checkpoints.
@@ -160,12 +163,18 @@ class ResumableTrainer(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         if self.args.should_save:
             checkpoint = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            begin_checkpoint(checkpoint)
+            with writing(run_dir):
+                begin_checkpoint(checkpoint)
             self._write_identity(checkpoint)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with writing(run_dir):
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
             self._write_identity(run_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with writing(output_dir or self.args.output_dir):
+            super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -204,18 +213,6 @@ def no_checkpoint(output_dir: str, asked: RunIdentity) -> str:
         f"resume_from_checkpoint=True: there is no whole checkpoint of this run in {output_dir}{passed_over}; leave it "
         "away to start afresh"
     )
-
-
-class SavingTrainer(Trainer):
-    """Names the folder, the reason and the remedy where a checkpoint or a model cannot be written or read."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with writing(self._get_output_dir(trial=trial)):
-            super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        with writing(output_dir or self.args.output_dir):
-            super()._save(output_dir, state_dict)
 
 
 def make_output_dir(args: TrainingArguments) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
@@ -288,3 +289,38 @@ def _refuse_unsavable(trainer: Trainer) -> None:
                 f"{first} and {name} are one weight, which transformers does not save: each checkpoint would fail. "
                 "Take another architecture, or set save_strategy='no' and save model.state_dict() by torch.save"
             )
+
+
+# What the three layers override of `Trainer` without being promised that it exists: were one of these renamed, K would
+# silently not be saved, say, or every image keep its first K.
+PRIVATE_METHODS = (
+    "_get_dataloader",
+    "_get_num_items_in_batch",
+    "_inner_training_loop",
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_prepare_inputs",
+    "_push_from_checkpoint",
+    "_remove_unused_columns",
+    "_run_epoch",
+    "_save",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "_save_rng_state",
+)
+
+
+def check_private_methods() -> None:
+    """Refuse an installed transformers whose `Trainer` lacks a method that the layers override.
+
+    Raises:
+        ImportError: naming the methods and the installed version.
+    """
+    missing = [name for name in PRIVATE_METHODS if not hasattr(Trainer, name)]
+    if missing:
+        raise ImportError(
+            f"SmootTrainer overrides {', '.join(missing)} of transformers.Trainer, which transformers "
+            f"{transformers.__version__} does not have: training would silently go wrong. Install a newer smoot-hf, or "
+            "an older transformers"
+        )

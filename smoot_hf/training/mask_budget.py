@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from .. import functional as SF
 from ..fingerprint import fingerprints_differ
-from .arguments import SmootTrainingArguments
 from .mask_budget_file import read_budget, require_origin, write_budget
+from .settings import SmootSettings
 
 logger = logging.get_logger(__name__)
 
@@ -93,29 +93,38 @@ class MaskBudget:
     @classmethod
     def for_training(
         cls,
-        args: SmootTrainingArguments,
+        settings: SmootSettings,
         num_samples: int,
         image_size: tuple[int, int],
         dataset_fingerprint: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> "MaskBudget":
-        """The budget that `args` ask for; that of sgt has no room to move. Warns of a step too small to matter."""
-        adapts = args.method == "smoot"
+        """The budget that the settings ask for; that of sgt has no room to move. Warns of a step too small to matter.
+
+        Args:
+            settings: of the method.
+            num_samples: N, length of the training set.
+            image_size: (H, W) of the images that the mask acts on, in pixels.
+            dataset_fingerprint: identifies the training set, `None` where nothing does.
+            device: where K lives.
+        """
+        adapts = settings.method == "smoot"
         budget = cls(
             num_samples,
             image_size,
-            args.mask_ratio,
-            args.mask_ratio_min if adapts else args.mask_ratio,
-            args.mask_ratio_max if adapts else args.mask_ratio,
-            args.device,
+            settings.mask_ratio,
+            settings.mask_ratio_min if adapts else settings.mask_ratio,
+            settings.mask_ratio_max if adapts else settings.mask_ratio,
+            device,
             dataset_fingerprint,
-            {name: getattr(args, name) for name in _MEANING},
+            {name: getattr(settings, name) for name in _MEANING},
         )
         height, width = budget.image_size
-        share = args.step_in_pixels(budget.image_size) / (height * width)
+        share = settings.step_in_pixels(budget.image_size) / (height * width)
         if 0 < share < _NEGLIGIBLE_STEP and budget.k_min < budget.k_max:
             logger.warning(
-                f"step_size={args.step_size} {args.step_unit} is {share:.3%} of an image of {height}x{width}: K will "
-                "hardly move. Use step_unit='percent', or masks at the native resolution (input_pipeline)"
+                f"step_size={settings.step_size} {settings.step_unit} is {share:.3%} of an image of {height}x{width}: "
+                "K will hardly move. Use step_unit='percent', or masks at the native resolution (input_pipeline)"
             )
         return budget
 
@@ -380,7 +389,7 @@ class BudgetMoves(TrainerCallback):
         """Keep the loss scale that the step is about to be taken with."""
         self._scale = self._loss_scale()
 
-    def on_optimizer_step(self, args: SmootTrainingArguments, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, args: Any, *_: Any, **__: Any) -> None:
         """Move K by everything that the step was made of.
 
         Raises:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .. import functional as SF
 from ..functional.saliency import without_autocast
 from ..models.logits import no_logits, run_classifier
-from .arguments import SmootTrainingArguments
+from .settings import SmootSettings
 
 
 class CleanPass(NamedTuple):
@@ -190,7 +190,7 @@ def masked_step(
     sample_idx: Tensor,
     k: Tensor,
     epoch: int,
-    args: SmootTrainingArguments,
+    settings: SmootSettings,
     resize: Callable[[Tensor], Tensor] | None = None,
     other_inputs: Mapping[str, Any] | None = None,
     saliency_model: nn.Module | None = None,
@@ -208,10 +208,10 @@ def masked_step(
         model: in train mode; its output has `logits` (B, classes).
         images: float (B, C, H, W), augmented and normalised, at the resolution at which the mask acts.
         labels: int64 (B,).
-        sample_idx: int64 (B,) rows of the training set: with `epoch` and `args.seed` they determine the fill.
+        sample_idx: int64 (B,) rows of the training set: with `epoch` and `settings.seed` they determine the fill.
         k: integers (B,), masked positions of each image, from `MaskBudget.read`.
         epoch: number of the epoch.
-        args: what the fields of `SmootTrainingArguments` say of saliency, mask, fill and delta.
+        settings: of the method: saliency, mask, fill, delta and label smoothing.
         resize: differentiable resizing from `images` to the model's input, after the mask.
         other_inputs: further keyword arguments of the model.
         saliency_model: the module itself, where `model` wraps it (DDP, `torch.compile`): `saliency_pass="eval"`
@@ -238,43 +238,45 @@ def masked_step(
     pixel_values = resized.detach().requires_grad_()
 
     ce = None
-    with _random_state_rewound(images.device, enabled=args.shared_dropout):
-        if args.saliency_pass == "eval":
+    with _random_state_rewound(images.device, enabled=settings.shared_dropout):
+        if settings.saliency_pass == "eval":
             outputs, logits = forward(model, pixel_values.detach(), inputs)
-        elif weights is not None and _loss_gives_saliency(args):
+        elif weights is not None and _loss_gives_saliency(settings):
             (outputs, logits, gradient), ce = loss_pass(model, pixel_values, labels, inputs, weights)
         else:
             ranked = model if clean_pass is shared_pass else network
             outputs, logits, gradient = clean_pass(
-                ranked, pixel_values, _target(labels, args), args.saliency_score, inputs
+                ranked, pixel_values, _target(labels, settings), settings.saliency_score, inputs
             )
-    if args.saliency_pass == "eval":
+    if settings.saliency_pass == "eval":
         with _eval_mode(network):
-            gradient = clean_pass(network, pixel_values, _target(labels, args), args.saliency_score, inputs).gradient
+            gradient = clean_pass(
+                network, pixel_values, _target(labels, settings), settings.saliency_score, inputs
+            ).gradient
     if resize is not None:
         (gradient,) = torch.autograd.grad(resized, leaf, gradient)
     # Behind DDP all gradients would come at once, at the end, and none be sent while others are computed. A compiled
     # graph computes the images' gradient whoever asks.
-    if args.saliency_pass == "shared" and weights is not None and ce is None and model is network:
+    if settings.saliency_pass == "shared" and weights is not None and ce is None and model is network:
         logits = without_image_gradient(logits, weights)
     if ce is None:
-        ce = SF.classification_loss(logits, labels, args.label_smoothing_factor)
+        ce = SF.classification_loss(logits, labels, settings.label_smoothing_factor)
 
-    masked, is_masked = mask_images(images, gradient, sample_idx, k, epoch, args)
+    masked, is_masked = mask_images(images, gradient, sample_idx, k, epoch, settings)
     _, masked_logits = forward(model, masked if resize is None else resize(masked), inputs)
 
-    reference = logits if args.kl_gradient == "both" else logits.detach()
+    reference = logits if settings.kl_gradient == "both" else logits.detach()
     return MaskedStep(
         outputs=outputs,
         ce=ce,
         kl=SF.kl_divergence(reference, masked_logits),
-        delta=SF.probability_shift(logits, masked_logits, args.alpha, args.top_n, args.delta_mode, labels),
+        delta=SF.probability_shift(logits, masked_logits, settings.alpha, settings.top_n, settings.delta_mode, labels),
         is_masked=is_masked,
     )
 
 
 def mask_images(
-    images: Tensor, gradient: Tensor, sample_idx: Tensor, k: Tensor, epoch: int, args: SmootTrainingArguments
+    images: Tensor, gradient: Tensor, sample_idx: Tensor, k: Tensor, epoch: int, settings: SmootSettings
 ) -> tuple[Tensor, Tensor]:
     """The images with their `k` pixels of least gradient replaced, and which these are: (B, C, H, W), (B, 1, H, W).
 
@@ -282,27 +284,27 @@ def mask_images(
         images: as in `masked_step`, as are the last four arguments.
         gradient: of the score with respect to the images, (B, C, H, W).
     """
-    is_masked = SF.least_salient_mask(SF.channel_mean(gradient, args.signed_saliency), k)
-    if args.mask_fill == "mean":
+    is_masked = SF.least_salient_mask(SF.channel_mean(gradient, settings.signed_saliency), k)
+    if settings.mask_fill == "mean":
         fill = SF.mean_fill(images)
     else:
-        noise = SF.counter_uniform(args.seed, epoch, sample_idx, tuple(images.shape[1:]))
+        noise = SF.counter_uniform(settings.seed, epoch, sample_idx, tuple(images.shape[1:]))
         fill = SF.uniform_fill(images, is_masked, noise)
     return torch.where(is_masked, fill, images), is_masked
 
 
-def _target(labels: Tensor, args: SmootTrainingArguments) -> Tensor | None:
-    return labels if args.saliency_target == "label" else None
+def _target(labels: Tensor, settings: SmootSettings) -> Tensor | None:
+    return labels if settings.saliency_target == "label" else None
 
 
-def _loss_gives_saliency(args: SmootTrainingArguments) -> bool:
+def _loss_gives_saliency(settings: SmootSettings) -> bool:
     """Whether the gradient of the cross-entropy is all that is asked of the clean view's graph."""
     return (
-        args.kl_gradient == "masked"
-        and args.saliency_score == "log_prob"
-        and args.saliency_target == "label"
-        and args.saliency_pass == "shared"
-        and args.label_smoothing_factor == 0
+        settings.kl_gradient == "masked"
+        and settings.saliency_score == "log_prob"
+        and settings.saliency_target == "label"
+        and settings.saliency_pass == "shared"
+        and settings.label_smoothing_factor == 0
     )
 
 

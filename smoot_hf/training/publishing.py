@@ -1,4 +1,4 @@
-"""A Trainer whose pushes carry a card written from the run, and say what to do when they fail."""
+"""The layer of a Trainer that publishes: a push has a card written from the run, and its failure says what to do."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from ..errors import PushError, first_line
 from ..evaluation.faithfulness import Faithfulness
 from ..publishing.card import OF_OTHER_DATA, check_card_arguments, write_model_card
 from ..publishing.files import CARD_FILES, commit_files, copy_model, model_files, published_content, upload_patterns
-from .checkpoints import SavingTrainer
+from .checkpoints import CheckpointTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -27,8 +27,8 @@ logger = logging.get_logger(__name__)
 _HUB_ERRORS = (OSError, HTTPError, HFValidationError, RuntimeError)
 
 
-class HubTrainer(SavingTrainer):
-    """A `Trainer` that publishes what it has trained.
+class PublishingTrainer(CheckpointTrainer):
+    """The layer of publishing: what is trained is pushed to the Hub with a card that is written from the run.
 
     Attributes:
         failed_pushes: what the Hub lacks because a push in the background failed and none after it made up for it:

@@ -3,7 +3,7 @@
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,30 +25,193 @@ from ..models.state import random_state_kept
 from .allocator import freed_memory_kept
 from .arguments import SmootTrainingArguments
 from .checkpoint_folder import RunIdentity, require_one_content
-from .checkpoints import ResumableTrainer, make_output_dir
-from .checks import refuse_evaluation_set, refuse_model_parallelism, refuse_unsupported, warn_of_own_loss
+from .checkpoints import make_output_dir
+from .checks import (
+    check_private_methods,
+    refuse_evaluation_set,
+    refuse_model_parallelism,
+    refuse_unsupported,
+    warn_of_own_loss,
+)
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
 from .masked_step import compiled_as_the_model, forward, masked_step
-from .publishing import HubTrainer
+from .publishing import PublishingTrainer
 from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset, check_class_labels, class_indices
 from .trackers import TRACKERS, LogWindow, Tracking
 
+logger = logging.get_logger(__name__)
 
-class IndexedTrainer(Trainer):
-    """Attaches `sample_idx` to the training batches of any map-style data set, past the user's own collator.
+_NO_INDEX = (
+    f"the training batch has no {SAMPLE_IDX!r}, by which K and augmentation are kept: train_dataset is a stream, or "
+    "get_train_dataloader was replaced by one that returns something else than a DataLoader over self.train_dataset "
+    "itself, in batches. Return one, or override _get_train_sampler or the data collator in its place"
+)
 
-    The collator, the sampler and the columns that the Trainer removes are those of a plain `Trainer`; a stream without
-    index is passed through.
+# What SmootMixin does without asking the next class in line, and where a change of it belongs instead.
+_REPLACED = {
+    "compute_loss": "pass a loss of the logits and labels as compute_loss_func",
+    "create_model_card": "pass what the card shall say to push_to_hub",
+    "push_to_hub": "upload further files with huggingface_hub after it",
+}
+
+
+class SmootMixin(PublishingTrainer):
+    """Masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6), in any `Trainer`.
+
+    `class Mine(SmootMixin, TheirTrainer)` gives SMOOT to a class that derives from `transformers.Trainer`; `Mine` takes
+    the arguments of both. `SmootTrainer` is this mixin on `Trainer` itself. For any image classifier whose output has
+    `logits`. Each sample's index is attached to the training batches and taken off again: collators, transforms,
+    metrics and callbacks need not know. Evaluation is the Trainer's own: no masking, and K does not move.
+
+    What `TheirTrainer` overrides keeps working, except for the methods whose work is done here and nowhere else,
+    `compute_loss`, `create_model_card` and `push_to_hub`: a class that has one of its own is refused when `Mine` is
+    defined. `Mine` itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and
+    the parameters.
+    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass:
+    forward hooks for the clean and the masked images, backward hooks for the saliency as well. A `get_train_dataloader`
+    of one's own may return any `DataLoader` over `self.train_dataset` itself that collates batches.
+
+    Args:
+        model: as in `Trainer`.
+        args: `SmootTrainingArguments`, or plain `TrainingArguments` for the defaults of SMOOT.
+        *others: as in `Trainer`.
+        input_pipeline: augments, normalises and resizes uint8 images in batches on the device, so that masks live at
+            the images' native resolution; without it the data set's own `pixel_values` are masked.
+        **more: as in `Trainer`.
+
+    Attributes:
+        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
+
+    Raises:
+        TypeError: when a class is derived, where a method of its other parents would never run.
+        ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
+        SaveError: the output folder cannot be made.
     """
 
+    args: SmootTrainingArguments
     data_collator: Any
     label_names: list[str]
-    # Set where the model's input is uint8 and made ready on the device.
-    input_pipeline: Any = None
-    _epoch: int | None = None
+    mask_budget: Any
     # The training set without the columns that the model does not take: other columns, the same rows.
     _kept_columns: Any = None
+    _epoch: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        for parent in order[order.index(SmootMixin) + 1 : order.index(Trainer)]:
+            hidden = _REPLACED & vars(parent).keys()
+            if hidden and parent not in SmootMixin.__mro__:
+                name = hidden.pop()
+                raise TypeError(
+                    f"{parent.__name__}.{name} would never run in {cls.__name__}, since SmootMixin has its own: "
+                    f"{_REPLACED[name]}, or override {name} in {cls.__name__} and call super().{name}"
+                )
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        input_pipeline: InputPipeline | None = None,
+        **more: Any,
+    ) -> None:
+        if args is None:
+            args = SmootTrainingArguments(output_dir="tmp_trainer")
+        elif not isinstance(args, SmootTrainingArguments):
+            args = SmootTrainingArguments.from_training_arguments(args)
+        # Before the Trainer, which fails in accelerate's words where the processes are too few.
+        refuse_model_parallelism(model, args.parallelism_config)
+        make_output_dir(args)
+        self.input_pipeline = input_pipeline
+        self.mask_budget = None
+        # The model and the training set that K belongs to.
+        self._budgeted: tuple[Any, Any] = (None, None)
+        super().__init__(model, args, *others, **more)
+        self._log_window = LogWindow()
+        self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
+        self.add_callback(self._budget_moves)
+        # The loss below is normalised by the items of the whole accumulated batch, whatever the model declares.
+        self.model_accepts_loss_kwargs = True
+        # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
+        self.label_names = self.label_names or ["labels"]
+        self._own_loss_is_known = False
+        self._clean_pass = compiled_as_the_model(self.accelerator)
+        refuse_unsupported(self)
+        if args.method != "standard" and self.train_dataset is not None:
+            self.begin_mask_budget()
+        if not TRACKERS.isdisjoint(args.report_to):
+            self.add_callback(Tracking(self))
+
+    # --- K of every sample -------------------------------------------------------------------------------------------
+
+    def begin_mask_budget(self) -> None:
+        """K of every training sample at its start; looks at the first sample for the size of the images."""
+        dataset, collator = self.indexed_parts(self.train_dataset, "training")
+        with random_state_kept():
+            first = collator(dataset.__getitems__([0]))
+        # Weak: a search frees the model of each trial.
+        self._budgeted = weakref.ref(self.model), self.train_dataset
+        image_size = first["pixel_values"].shape[-2:]
+        self.mask_budget = MaskBudget.for_training(
+            self.args.settings, len(dataset), image_size, self.dataset_fingerprint(), self.args.device
+        )
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
+        self.args.check_smoot_fields()
+        refuse_unsupported(self)
+        if self.args.method == "standard" or self.train_dataset is None:
+            self.mask_budget = None
+        else:
+            model, dataset = self._budgeted
+            if self.mask_budget is not None and model() is self.model and dataset is self.train_dataset:
+                self.mask_budget.forget_visits()
+            else:
+                self.begin_mask_budget()
+        self._log_window = LogWindow()
+        self._budget_moves.begin(self.accelerator)
+        with freed_memory_kept(self.args.device.type == "cpu"):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.mask_budget is not None and self.args.should_save:
+            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME), self._origin(self.run_identity))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.mask_budget is None:
+            return
+        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
+        if os.path.isfile(path):
+            self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
+            if not is_identified(self.mask_budget.dataset_fingerprint):
+                logger.warning(
+                    f"K is taken from {path} row by row, but nothing identifies the training set: it must be the same, "
+                    "in the same order. Give the data set an attribute `fingerprint`, a string that changes with its "
+                    "content, and it is checked"
+                )
+        else:
+            logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
+            self.begin_mask_budget()
+        require_one_content(self.mask_budget.digest(), path, self.accelerator)
+
+    def _origin(self, run: RunIdentity | None) -> dict[str, Any]:
+        """What stands in the file of K beside the data: which training it is of, and after how many of its steps."""
+        run_id = None if run is None else run.run_id
+        return {"run_id": run_id, "seed": self.args.seed, "global_step": self.state.global_step}
+
+    def _move_budget(self, sample_idx: Tensor, delta: Tensor) -> None:
+        """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""
+        budget = self.mask_budget
+        assert budget is not None
+        settings = self.args.settings
+        moved = budget.update(sample_idx, delta, settings.step_in_pixels(budget.image_size), settings.rounding)
+        self._log_window.add(k_up=moved > 0, k_down=moved < 0)
+
+    # --- the index of every sample -----------------------------------------------------------------------------------
 
     def indexed_parts(self, dataset: Any, description: str) -> tuple[IndexedDataset, IndexedCollator]:
         """The training set and its collator with `sample_idx`, unused columns removed as the Trainer would."""
@@ -142,223 +305,6 @@ class IndexedTrainer(Trainer):
             raise RuntimeError("this version of transformers does not tell SmootTrainer its epochs: K would never move")
         return self._epoch or 0
 
-
-logger = logging.get_logger(__name__)
-
-
-class BudgetedTrainer(IndexedTrainer, ResumableTrainer):
-    """K begins with a training, moves with its steps, is saved and restored with the optimizer's state.
-
-    Attributes:
-        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
-    """
-
-    args: SmootTrainingArguments
-    mask_budget: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.mask_budget = None
-        # The model and the training set that K belongs to.
-        self._budgeted: tuple[Any, Any] = (None, None)
-        super().__init__(*args, **kwargs)
-        self._log_window = LogWindow()
-        self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
-        self.add_callback(self._budget_moves)
-
-    def begin_mask_budget(self) -> None:
-        """K of every training sample at its start; looks at the first sample for the size of the images."""
-        dataset, collator = self.indexed_parts(self.train_dataset, "training")
-        with random_state_kept():
-            first = collator(dataset.__getitems__([0]))
-        # Weak: a search frees the model of each trial.
-        self._budgeted = weakref.ref(self.model), self.train_dataset
-        self.mask_budget = MaskBudget.for_training(
-            self.args, len(dataset), first["pixel_values"].shape[-2:], self.dataset_fingerprint()
-        )
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
-        self.args.check_smoot_fields()
-        refuse_unsupported(self)
-        if self.args.method == "standard" or self.train_dataset is None:
-            self.mask_budget = None
-        else:
-            model, dataset = self._budgeted
-            if self.mask_budget is not None and model() is self.model and dataset is self.train_dataset:
-                self.mask_budget.forget_visits()
-            else:
-                self.begin_mask_budget()
-        self._log_window = LogWindow()
-        self._budget_moves.begin(self.accelerator)
-        with freed_memory_kept(self.args.device.type == "cpu"):
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.mask_budget is not None and self.args.should_save:
-            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME), self._origin(self.run_identity))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.mask_budget is None:
-            return
-        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
-        if os.path.isfile(path):
-            self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
-            if not is_identified(self.mask_budget.dataset_fingerprint):
-                logger.warning(
-                    f"K is taken from {path} row by row, but nothing identifies the training set: it must be the same, "
-                    "in the same order. Give the data set an attribute `fingerprint`, a string that changes with its "
-                    "content, and it is checked"
-                )
-        else:
-            logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
-            self.begin_mask_budget()
-        require_one_content(self.mask_budget.digest(), path, self.accelerator)
-
-    def _origin(self, run: RunIdentity | None) -> dict[str, Any]:
-        """What stands in the file of K beside the data: which training it is of, and after how many of its steps."""
-        run_id = None if run is None else run.run_id
-        return {"run_id": run_id, "seed": self.args.seed, "global_step": self.state.global_step}
-
-    def _move_budget(self, sample_idx: Tensor, delta: Tensor) -> None:
-        """Move K by what all processes saw, on each of them alike, once the optimizer has stepped."""
-        budget = self.mask_budget
-        assert budget is not None
-        moved = budget.update(sample_idx, delta, self.args.step_in_pixels(budget.image_size), self.args.rounding)
-        self._log_window.add(k_up=moved > 0, k_down=moved < 0)
-
-
-class MeasuringTrainer(Trainer):
-    """Every evaluation gains `deletion_auc` where `args.deletion_auc_samples` asks for it."""
-
-    input_pipeline: InputPipeline | None = None
-    label_names: list[str]
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As `Trainer.evaluation_loop`, and the area under the deletion curve."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.args.deletion_auc_samples and description == "Evaluation":
-            output.metrics[f"{metric_key_prefix}_deletion_auc"] = self._deletion_auc(dataloader)
-        return output
-
-    def _deletion_auc(self, dataloader: DataLoader) -> float:
-        """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set.
-
-        The images are those that the evaluation itself has seen: the loader's rows, through its collator. NaN where the
-        model predicts nothing or its saliency ranks nothing in any image, as in a run that has diverged.
-        """
-        refuse_evaluation_set(self.args, dataloader.dataset)
-        try:
-            return evaluate_faithfulness(
-                self.model,
-                evenly_spread(dataloader.dataset, self.args.deletion_auc_samples),
-                curves=(),
-                input_pipeline=self.input_pipeline,
-                data_collator=dataloader.collate_fn,
-                label_name=self.label_names[0],
-                batch_size=self.args.eval_batch_size,
-            ).deletion_auc
-        except NothingToMeasureError as error:
-            logger.warning(f"deletion_auc is NaN: {error}")
-            return math.nan
-
-
-_NO_INDEX = (
-    f"the training batch has no {SAMPLE_IDX!r}, by which K and augmentation are kept: train_dataset is a stream, or "
-    "get_train_dataloader was replaced by one that returns something else than a DataLoader over self.train_dataset "
-    "itself, in batches. Return one, or override _get_train_sampler or the data collator in its place"
-)
-
-# What SmootMixin does without asking the next class in line, and where a change of it belongs instead.
-_REPLACED = {
-    "compute_loss": "pass a loss of the logits and labels as compute_loss_func",
-    "create_model_card": "pass what the card shall say to push_to_hub",
-    "push_to_hub": "upload further files with huggingface_hub after it",
-}
-
-
-class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer):
-    """Masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6), in any `Trainer`.
-
-    `class Mine(SmootMixin, TheirTrainer)` gives SMOOT to a class that derives from `transformers.Trainer`; `Mine` takes
-    the arguments of both. `SmootTrainer` is this mixin on `Trainer` itself. For any image classifier whose output has
-    `logits`. Each sample's index is attached to the training batches and taken off again: collators, transforms,
-    metrics and callbacks need not know. Evaluation is the Trainer's own: no masking, and K does not move.
-
-    What `TheirTrainer` overrides keeps working, except for the methods whose work is done here and nowhere else,
-    `compute_loss`, `create_model_card` and `push_to_hub`: a class that has one of its own is refused when `Mine` is
-    defined. `Mine` itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and
-    the parameters.
-    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass:
-    forward hooks for the clean and the masked images, backward hooks for the saliency as well. A `get_train_dataloader`
-    of one's own may return any `DataLoader` over `self.train_dataset` itself that collates batches.
-
-    Args:
-        model: as in `Trainer`.
-        args: `SmootTrainingArguments`, or plain `TrainingArguments` for the defaults of SMOOT.
-        *others: as in `Trainer`.
-        input_pipeline: augments, normalises and resizes uint8 images in batches on the device, so that masks live at
-            the images' native resolution; without it the data set's own `pixel_values` are masked.
-        **more: as in `Trainer`.
-
-    Attributes:
-        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
-
-    Raises:
-        TypeError: when a class is derived, where a method of its other parents would never run.
-        ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
-        SaveError: the output folder cannot be made.
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        order = cls.__mro__
-        for parent in order[order.index(SmootMixin) + 1 : order.index(Trainer)]:
-            hidden = _REPLACED & vars(parent).keys()
-            if hidden and parent not in SmootMixin.__mro__:
-                name = hidden.pop()
-                raise TypeError(
-                    f"{parent.__name__}.{name} would never run in {cls.__name__}, since SmootMixin has its own: "
-                    f"{_REPLACED[name]}, or override {name} in {cls.__name__} and call super().{name}"
-                )
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        args: TrainingArguments | None = None,
-        *others: Any,
-        input_pipeline: InputPipeline | None = None,
-        **more: Any,
-    ) -> None:
-        if args is None:
-            args = SmootTrainingArguments(output_dir="tmp_trainer")
-        elif not isinstance(args, SmootTrainingArguments):
-            args = SmootTrainingArguments.from_training_arguments(args)
-        # Before the Trainer, which fails in accelerate's words where the processes are too few.
-        refuse_model_parallelism(model, args.parallelism_config)
-        make_output_dir(args)
-        self.input_pipeline = input_pipeline
-        super().__init__(model, args, *others, **more)
-        # The loss below is normalised by the items of the whole accumulated batch, whatever the model declares.
-        self.model_accepts_loss_kwargs = True
-        # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
-        self.label_names = self.label_names or ["labels"]
-        self._own_loss_is_known = False
-        self._clean_pass = compiled_as_the_model(self.accelerator)
-        refuse_unsupported(self)
-        if args.method != "standard" and self.train_dataset is not None:
-            self.begin_mask_budget()
-        if not TRACKERS.isdisjoint(args.report_to):
-            self.add_callback(Tracking(self))
-
     # --- the step --------------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -433,7 +379,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         """One step of Algorithm 2; returns the loss and the model's output on the clean images."""
         if sample_idx is None or self.mask_budget is None:
             raise ValueError(_NO_INDEX)
-        args, budget, epoch = self.args, self.mask_budget, self.epoch_number()
+        settings, budget, epoch = self.args.settings, self.mask_budget, self.epoch_number()
         if images.shape[-2:] != budget.image_size:
             raise ValueError(
                 "all training images must have one size, for K counts its pixels (resize them): got "
@@ -448,7 +394,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
             sample_idx,
             budget.read(sample_idx),
             epoch,
-            args,
+            settings,
             resize=None if self.input_pipeline is None else self.input_pipeline.resize,
             other_inputs=others,
             saliency_model=self.model,
@@ -457,7 +403,7 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
         )
         self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
         ce_loss = self._classification_loss(step.outputs, labels, step.ce, num_items_in_batch)
-        loss = ce_loss + args.kl_weight * _batch_mean(step.kl, num_items_in_batch)
+        loss = ce_loss + settings.kl_weight * _batch_mean(step.kl, num_items_in_batch)
         self._budget_moves.add(sample_idx, step.delta, loss)
         return loss, step.outputs
 
@@ -501,6 +447,41 @@ class SmootMixin(HubTrainer, BudgetedTrainer, MeasuringTrainer, ResumableTrainer
             logs.update(self.mask_budget.statistics())
         super().log(logs, start_time)
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, and the area under the deletion curve."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.deletion_auc_samples and description == "Evaluation":
+            output.metrics[f"{metric_key_prefix}_deletion_auc"] = self._deletion_auc(dataloader)
+        return output
+
+    def _deletion_auc(self, dataloader: DataLoader) -> float:
+        """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set.
+
+        The images are those that the evaluation itself has seen: the loader's rows, through its collator. NaN where the
+        model predicts nothing or its saliency ranks nothing in any image, as in a run that has diverged.
+        """
+        refuse_evaluation_set(self.args, dataloader.dataset)
+        try:
+            return evaluate_faithfulness(
+                self.model,
+                evenly_spread(dataloader.dataset, self.args.deletion_auc_samples),
+                curves=(),
+                input_pipeline=self.input_pipeline,
+                data_collator=dataloader.collate_fn,
+                label_name=self.label_names[0],
+                batch_size=self.args.eval_batch_size,
+            ).deletion_auc
+        except NothingToMeasureError as error:
+            logger.warning(f"deletion_auc is NaN: {error}")
+            return math.nan
+
 
 def _batch_mean(per_sample: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """Mean over the batch, or this micro-batch's share of the mean over the whole accumulated batch."""
@@ -508,8 +489,49 @@ def _batch_mean(per_sample: Tensor, num_items_in_batch: Tensor | int | None) -> 
 
 
 class SmootTrainer(SmootMixin, Trainer):
-    """A `Trainer` that masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6).
+    """A `Trainer` with the objective of SMOOT, SGT and standard training (Equations 1 to 6).
 
-    Takes the place of `transformers.Trainer`; everything is said in `SmootMixin`, which does the same for a trainer
-    class of one's own.
+    It takes the place of `transformers.Trainer` and has its arguments, and one more, `input_pipeline`. `SmootMixin`
+    says what it does, and gives the same to a trainer class of one's own.
     """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *,
+        input_pipeline: InputPipeline | None = None,
+        **of_newer_trainers: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            input_pipeline=input_pipeline,
+            **of_newer_trainers,
+        )
+
+
+# At import: nothing may be trained with a Trainer that would not call what is overridden above.
+check_private_methods()

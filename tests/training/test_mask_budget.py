@@ -184,8 +184,8 @@ def test_a_state_dict_comes_back_with_its_epoch_and_first_visits(tmp_path):
         (lambda state: state | {"k": state["k"][:1]}, r"of shape \(10,\), got \(1,\)"),
         (lambda state: state | {"has_moved": state["has_moved"].int()}, "got .* torch.int32"),
         (lambda state: state | {"has_moved": torch.tensor([True])}, r"'has_moved' bool of shape .* torch.bool \(1,\)"),
-        (lambda state: state | {"k": state["k"] + 1000}, r"its K are not int32 in \[20, 80\]"),
-        (lambda state: state | {"k": state["k"].long()}, r"its K are not int32 in \[20, 80\]"),
+        (lambda state: state | {"k": state["k"] + 1000}, r"must be int32 in \[20, 80\]"),
+        (lambda state: state | {"k": state["k"].long()}, r"must be int32 in \[20, 80\]"),
     ],
 )
 def test_a_state_that_is_not_this_budgets_is_refused_and_nothing_taken_up(change, message):
