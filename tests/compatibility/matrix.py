@@ -1,6 +1,7 @@
 """The matrix of training features: every kind of model with every feature, each cell a comparison that can fail.
 
-    python tests/matrix.py --output tests/FEATURES.md      the table as Markdown, in about two minutes on one core
+    PYTHONPATH=tests python tests/compatibility/matrix.py --output docs/features.md
+        the table as Markdown, in about two minutes on one core
 
 A cell is a function of a `Row` (one kind of model). It raises where the feature does not hold, returns `None` where it
 does, and a `Note` where the model cannot have it: the note is only returned once the stated refusal has been seen.
@@ -390,7 +391,7 @@ def main():
                 marks[feature, name] = check(row)
     versions = [f"{module.__name__} {module.__version__}" for module in (torch, transformers, timm, peft, optuna)]
     stamp = f"{datetime.now(UTC):%Y-%m-%d}; {', '.join(versions)}."
-    table = f"# Training features\n\nWritten by `tests/matrix.py`, {stamp}\n\n{markdown(marks)}\n"
+    table = f"# Training features\n\nWritten by `tests/compatibility/matrix.py`, {stamp}\n\n{markdown(marks)}\n"
     sys.stdout.write(table)
     if options.output:
         options.output.write_text(table, encoding="utf-8")

@@ -1,7 +1,7 @@
 """The sweep: whether an architecture trains with SMOOT, checked end to end on a tiny model of it.
 
-    python tests/sweep.py --output tests/MODELS.md             # all, most of an hour
-    python tests/sweep.py --only vit swin timm/resnet
+    PYTHONPATH=tests python tests/compatibility/sweep.py --output docs/models.md   # all, most of an hour
+    PYTHONPATH=tests python tests/compatibility/sweep.py --only vit swin timm/resnet
 
 Each check is a function of a `Case` and of the trainer that has trained it, and raises `Failure` in one line. Here the
 checks become the rows of a table; `tests/test_sweep.py` asks for those rows.
@@ -401,7 +401,7 @@ def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown, with the versions and the date."""
     versions = {"transformers": transformers, "timm": timm, "torch": torch, "captum": captum}
     stamp = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
-    lines = ["# Models", "", f"Written by `tests/sweep.py`, {date.today():%Y-%m-%d}; {stamp}.", ""]
+    lines = ["# Models", "", f"Written by `tests/compatibility/sweep.py`, {date.today():%Y-%m-%d}; {stamp}.", ""]
     header = ("architecture", "class", "parameters", *COLUMNS, "note")
     lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in rows:
