@@ -17,7 +17,9 @@ class ArgumentDefaults(griffe.Extension):
 
     def __init__(self) -> None:
         tree = ast.parse(_SETTINGS.read_text(encoding="utf-8"))
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)]
+        calls = [
+            node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)
+        ]
         self._defaults = {ast.unparse(node.target): ast.unparse(node.value.args[0]) for node in calls}
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 
 
 class SaveError(OSError):
-    """Something could not be written; what had been saved before is as it was."""
+    """A file could not be written. What had been saved before is unchanged."""
 
 
 class PushError(OSError):
-    """The Hub did not take the result, which is whole in the output folder."""
+    """A push to the Hub failed. The complete result is in the output folder."""
 
 
 def first_line(error: BaseException) -> str:

@@ -43,10 +43,10 @@ def ranking_key(values: Tensor, descending: bool = False) -> Tensor:
 
 
 def least_salient_mask(saliency: Tensor, k: Tensor) -> Tensor:
-    """The k positions of least saliency of each image, exactly k of them.
+    """Mask of the k positions with the lowest saliency of each image, exactly k of them.
 
-    Ties are broken by position (row by row): a threshold would mask more, since untouched pixels tie at zero. NaN
-    ranks above every number and is masked last.
+    Ties are broken by position, row by row. (A threshold would mask more positions, since pixels that play no part tie
+    at zero.) NaN ranks above every number and is masked last.
 
     Args:
         saliency: (B, H, W) of any real type.
@@ -95,9 +95,9 @@ def _low_int32(value: int) -> int:
 def counter_uniform(seed: int, epoch: int, sample_idx: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uniform random numbers that are a pure function of (seed, epoch, sample, element).
 
-    A counter-based generator: no state, so a sample's numbers are the same whatever the batch it stands in, the order
-    of the data, the number of processes or the point at which training was resumed. Only integer arithmetic, so they
-    are the same on every device, bit for bit.
+    This is a counter-based generator without state. The numbers of a sample are therefore the same whatever batch it is
+    in, and whatever the order of the data, the number of processes or the point at which training was resumed. It uses
+    integer arithmetic only, so that they are the same on every device, bit for bit.
 
     Args:
         seed: any integer.
@@ -120,9 +120,10 @@ def counter_uniform(seed: int, epoch: int, sample_idx: Tensor, shape: tuple[int,
 
 
 def uniform_fill(images: Tensor, is_masked: Tensor, noise: Tensor) -> Tensor:
-    """Random replacement values, per pixel and channel, in the range of what remains of that image's channel.
+    """Random replacement values for each pixel and channel, between the extremes of the pixels that remain.
 
-    An image of which nothing remains takes the range of its whole channel; a constant channel gives that constant.
+    The extremes are those of the unmasked pixels of the same image and channel. If no pixel remains, those of the whole
+    channel are used; a constant channel gives that constant.
 
     Args:
         images: (B, C, H, W).

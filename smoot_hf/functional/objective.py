@@ -81,16 +81,17 @@ def probability_shift(
     """Weighted change of the ranked softmax outputs under masking: delta of Equation 3.
 
     delta_1 = p~(1) - p(1) (Equation 1); delta_2 = mean over i = 2..n of p~(i) - p(i) (Equation 2);
-    delta = alpha * delta_1 + (1 - alpha) * delta_2. A positive delta: masking made the prediction more certain.
+    delta = alpha * delta_1 + (1 - alpha) * delta_2. A positive delta means that masking made the prediction more
+    certain.
 
     Args:
         logits: (B, classes), at least two classes.
         masked_logits: (B, classes).
         alpha: weight of the highest output, in [0, 1].
         top_n: n, at least 1, cut to the number of classes. With n = 1 the result is delta_1 alone.
-        mode: whose i-th highest output. `"rank"`: each distribution by its own order (the equations to the letter;
-            rewards a confident flip to a wrong class). `"class"`: the order of the clean outputs, for both.
-            `"label"`: the label first, the others in the order of the clean outputs.
+        mode: how "the i-th highest output" is read. `"rank"`: each distribution is sorted by itself, as the equations
+            say; this rewards a confident change to a wrong class. `"class"`: both are sorted in the order of the clean
+            outputs. `"label"`: the label comes first, the others in the order of the clean outputs.
         labels: (B,) int64, needed by `mode="label"` only.
 
     Returns:

@@ -245,7 +245,7 @@ def insertion_curve(
 
 
 def area_under_curve(fractions: Tensor, values: Tensor) -> Tensor:
-    """Area by the trapezoid rule over the true fractions; not divided by their span.
+    """Area under a curve by the trapezoid rule over the true fractions. It is not divided by their span.
 
     Args:
         fractions: (S+1,) rising: `removed_counts(...)` divided by H * W.

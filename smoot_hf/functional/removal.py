@@ -110,14 +110,15 @@ def blur_fill(images: Tensor, sigma: float) -> Tensor:
 
 
 def removal_fill(images: Tensor, fill: Fill, noise: Tensor | None = None) -> Tensor:
-    """What a removed pixel becomes, in the (normalised) units of the images.
+    """The values that removed pixels are replaced by, in the (normalised) units of the images.
 
     Args:
         images: (B, C, H, W).
-        fill: `"corner"`: the image's top left pixel, the background of a centred object. `"mean"`: the image's mean in
-            each channel. `"zero"`: 0, after the usual normalisation the mean of the training set. `"uniform"`: noise
-            per pixel and channel between the image's lowest and highest value of that channel. `"blur"`: the image
-            under a Gaussian blur, sigma = an eighth of the shorter side.
+        fill: `"corner"`: the image's top left pixel, which is background if the object is centred. `"mean"`: the mean
+            of each channel of the image. `"zero"`: zero, which after the usual normalisation is the mean of the
+            training set. `"uniform"`: noise for each pixel and channel, between the lowest and the highest value of
+            that channel of the image. `"blur"`: the image after a Gaussian blur whose sigma is an eighth of the
+            shorter side.
         noise: (B, C, H, W) in [0, 1), needed by `"uniform"` only.
 
     Returns:

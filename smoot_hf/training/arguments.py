@@ -56,33 +56,13 @@ def _of_settings(name: str) -> Any:
 # Without a `repr` of its own: that of `TrainingArguments` hides the tokens.
 @dataclass(repr=False)
 class SmootTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and the fields of SMOOT; no inherited default differs.
+    """`TrainingArguments` with the fields of the method added; the inherited fields keep their defaults.
 
-    The defaults follow the equations of the paper to the letter where they are sound. Pixels are positions of the
-    image as the trainer sees it, before any resizing to the model's input by an `InputPipeline`.
+    The defaults follow the equations of the paper to the letter where they are sound. Pixels are counted in the images
+    that the mask acts on, before an `InputPipeline` resizes them to the model's input.
 
     Args:
-        method: `"standard"` (cross-entropy alone), `"sgt"` (every image masked by the same K) or `"smoot"` (a K of
-            its own for every image, Equation 4).
-        mask_ratio: K at the start, and for sgt throughout, as a fraction of H*W; floored to pixels.
-        mask_ratio_min: K_min of Equation 4, as a fraction of H*W.
-        mask_ratio_max: K_max of Equation 4, as a fraction of H*W.
-        step_size: mu of Equation 4, at least 0; with 0 smoot is sgt.
-        step_unit: `"pixels"`, or `"percent"`: mu counts percentage points of H*W.
-        rounding: of mu * delta (Equation 4): `"floor"` as printed, `"trunc"` or `"nearest"`.
-        alpha: weight of the highest output in delta (Equation 3), in [0, 1].
-        top_n: n of Equation 2, at least 1; cut to the number of classes.
-        delta_mode: whose i-th highest output: `"rank"` (each distribution by its own order), `"class"` (the clean
-            one's order) or `"label"` (the label first).
-        kl_weight: lambda of Equation 5, at least 0.
-        saliency_score: the output whose gradient is the saliency: `"logit"` or `"log_prob"`.
-        signed_saliency: rank the gradient as it is (Algorithm 2), or its magnitude.
-        saliency_target: the class whose score it is: `"label"` or `"predicted"`.
-        saliency_pass: `"shared"` (one forward pass serves saliency and loss) or `"eval"` (a pass of its own, dropout
-            off, batch statistics untouched).
-        shared_dropout: clean and masked images see the same dropout draw, so that delta measures the mask alone.
-        kl_gradient: `"both"`, or `"masked"`: f(X) is a constant teacher in the KL term.
-        mask_fill: what replaces a pixel: `"uniform"` (Section 4.1) or `"mean"` (of its channel in that image).
+        method, mask_ratio, ..., mask_fill: the settings of the method; `SmootSettings` documents each of them.
         deletion_auc_samples: every evaluation reports `deletion_auc` (`evaluate_faithfulness`; lower is better) over
             this many images of the evaluation set, so that it may be the `metric_for_best_model` (`greater_is_better`
             is then False by default); 0 leaves it out.

@@ -37,10 +37,10 @@ def pixels_of_ratio(mask_ratio: float | Fraction, image_size: tuple[int, int]) -
 class MaskBudget:
     """K, the number of masked pixel positions, of every training sample.
 
-    One int32 per sample is all that is stored, 4 GB for a billion samples; reading and updating a batch cost O(batch).
-    A sample moves at its first visit of an epoch only: once it has moved, its K is stored as its bitwise complement,
-    whose sign says so until the next epoch begins. `k_min` and `k_max` are the bounds of Equation 4; the entries of
-    that name in `statistics()` and in the logs are the extremes of the samples.
+    It stores one int32 for each sample (4 GB for a billion samples). Reading and updating a batch costs time in
+    proportion to the batch, whatever the size of the training set. In an epoch, K of a sample moves at the sample's
+    first visit only. The attributes `k_min` and `k_max` are the bounds of Equation 4, whereas the entries `k_min` and
+    `k_max` of `statistics()` and of the logs are the lowest and highest K that any sample has.
 
     Args:
         num_samples: N, length of the training set.
@@ -99,7 +99,9 @@ class MaskBudget:
         dataset_fingerprint: str | None = None,
         device: torch.device | str = "cpu",
     ) -> "MaskBudget":
-        """The budget that the settings ask for; that of sgt has no room to move. Warns of a step too small to matter.
+        """The budget that the settings ask for. With sgt both bounds are the initial K, so that K cannot move.
+
+        A step size that is too small to move K noticeably is warned of.
 
         Args:
             settings: of the method.
@@ -156,13 +158,13 @@ class MaskBudget:
         return self._histogram
 
     def begin_epoch(self, epoch: int) -> None:
-        """Let every sample move again, once, when `epoch` is not the one under way."""
+        """Begin an epoch: every sample may move once more. Does nothing if `epoch` has already begun."""
         if epoch != self.epoch:
             self.forget_visits()
             self.epoch = epoch
 
     def forget_visits(self) -> None:
-        """Let every sample move again, whatever the epoch under way."""
+        """Let every sample move once more within the present epoch."""
         # In pieces, so that a billion samples need no second 4 GB.
         for piece in self._stored.split(1 << 24):
             piece.bitwise_xor_(piece >> 31)
@@ -174,10 +176,10 @@ class MaskBudget:
         return torch.where(stored < 0, ~stored, stored)
 
     def update(self, sample_idx: Tensor, delta: Tensor, step_size: float, rounding: str = "floor") -> Tensor:
-        """Move K of the given samples (Equation 4), each at its first visit of the epoch only.
+        """Move K of the given samples (Equation 4). A sample that has already moved in this epoch does not move again.
 
-        A sample that stands in the batch more than once moves by the delta of its first place, so the result does not
-        depend on the order in which a device happens to write. Nothing waits for the device.
+        A sample that occurs several times in the batch moves by the delta of its first occurrence, so that the result
+        does not depend on the order in which a device happens to write. The host does not wait for the device.
 
         Call it once for each step of the optimizer, with all samples of the step: where gradients are accumulated, with
         those of all micro-batches.

@@ -174,7 +174,15 @@ def num_labels_of(model: nn.Module) -> int | None:
 
 
 class MaskedStep(NamedTuple):
-    """What a step yields: the model's own output on the clean images, and per-sample parts, each (B,)."""
+    """Result of `masked_step`: the model's output on the clean images, and values for each sample.
+
+    Attributes:
+        outputs: what the model returned for the clean images.
+        ce: (B,), cross-entropy of the clean images.
+        kl: (B,), KL divergence from the clean to the masked prediction.
+        delta: (B,), change of the ranked outputs under masking (Equation 3), detached.
+        is_masked: bool (B, 1, H, W), `True` where a pixel was replaced.
+    """
 
     outputs: Any
     ce: Tensor

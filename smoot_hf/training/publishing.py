@@ -31,9 +31,9 @@ class PublishingTrainer(CheckpointTrainer):
     """The layer of publishing: what is trained is pushed to the Hub with a card that is written from the run.
 
     Attributes:
-        failed_pushes: what the Hub lacks because a push in the background failed and none after it made up for it:
-            place in the repository ("." for the model itself) -> one line with the reason and what to do. Each is
-            logged when it fails.
+        failed_pushes: pushes in the background that failed and that no later push has made up for. Maps the place in
+            the repository ("." for the model itself) to one line with the reason and what to do. Each is also logged
+            when it fails.
     """
 
     hub_model_id: str | None
@@ -57,15 +57,16 @@ class PublishingTrainer(CheckpointTrainer):
         *,
         faithfulness: Sequence[Faithfulness] = (),
     ) -> None:
-        """Write `README.md`, its figures and `results.json` into the output folder, from the run alone.
+        """Write the model card `README.md`, its figures and `results.json` into the output folder.
 
-        What `push_to_hub` does not know itself is passed through it: `trainer.push_to_hub(faithfulness=[found])`.
+        Everything on the card comes from the run and from these arguments. `push_to_hub` takes the same arguments:
+        `trainer.push_to_hub(faithfulness=[found])`.
 
         Args:
             language: as in `Trainer`.
-            license: of the model. There is no default: it is not known from the run.
-            tags: beside those of the card.
-            model_name: heading. Default: the name of the output folder.
+            license: licence of the model. There is no default, since the run does not know it.
+            tags: further tags, in addition to those of the card.
+            model_name: heading of the card. Default: the name of the output folder.
             finetuned_from: Hub id of the model that training started from. Default: what the model's configuration
                 names, unless that is a folder.
             tasks: beside image classification.

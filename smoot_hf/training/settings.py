@@ -20,24 +20,26 @@ class SmootSettings:
     Args:
         method: `"standard"` (cross-entropy alone), `"sgt"` (every image masked by the same K) or `"smoot"` (a K of
             its own for every image, Equation 4).
-        mask_ratio: K at the start, and for sgt throughout, as a fraction of H*W; floored to pixels.
+        mask_ratio: K at the start as a fraction of H*W, rounded down to whole pixels. With sgt K keeps this value.
         mask_ratio_min: K_min of Equation 4, as a fraction of H*W.
         mask_ratio_max: K_max of Equation 4, as a fraction of H*W.
-        step_size: mu of Equation 4, at least 0; with 0 smoot is sgt.
-        step_unit: `"pixels"`, or `"percent"`: mu counts percentage points of H*W.
-        rounding: of mu * delta (Equation 4): `"floor"` as printed, `"trunc"` or `"nearest"`.
+        step_size: mu of Equation 4, at least 0. With 0, K never moves, and smoot equals sgt.
+        step_unit: unit of `step_size`: `"pixels"`, or `"percent"` for percentage points of H*W.
+        rounding: how mu * delta is rounded (Equation 4): `"floor"` as printed in the paper, `"trunc"` or `"nearest"`.
         alpha: weight of the highest output in delta (Equation 3), in [0, 1].
-        top_n: n of Equation 2, at least 1; cut to the number of classes.
-        delta_mode: whose i-th highest output: `"rank"` (each distribution by its own order), `"class"` (the clean
-            one's order) or `"label"` (the label first).
+        top_n: n of Equation 2, at least 1; the number of classes is used where it is smaller.
+        delta_mode: how "the i-th highest output" is read: `"rank"` sorts the outputs of the clean and of the masked
+            image each by itself, `"class"` uses the order of the clean image for both, and `"label"` does so too but
+            puts the label first.
         kl_weight: lambda of Equation 5, at least 0.
         saliency_score: the output whose gradient is the saliency: `"logit"` or `"log_prob"`.
-        signed_saliency: rank the gradient as it is (Algorithm 2), or its magnitude.
-        saliency_target: the class whose score it is: `"label"` or `"predicted"`.
-        saliency_pass: `"shared"` (one forward pass serves saliency and loss) or `"eval"` (a pass of its own, dropout
-            off, batch statistics untouched).
-        shared_dropout: clean and masked images see the same dropout draw, so that delta measures the mask alone.
-        kl_gradient: `"both"`, or `"masked"`: f(X) is a constant teacher in the KL term.
+        signed_saliency: rank pixels by the signed gradient (`True`, Algorithm 2), or by its magnitude (`False`).
+        saliency_target: the class whose score is differentiated: `"label"` or `"predicted"`.
+        saliency_pass: `"shared"`: one forward pass serves both saliency and loss. `"eval"`: the saliency gets a forward
+            pass of its own, without dropout and without changing batch statistics.
+        shared_dropout: use the same dropout draw for clean and masked images, so that delta measures the mask alone.
+        kl_gradient: `"both"`: the KL term's gradient flows through both predictions. `"masked"`: only through that of
+            the masked images; the clean prediction is a constant.
         mask_fill: what replaces a pixel: `"uniform"` (Section 4.1) or `"mean"` (of its channel in that image).
         label_smoothing_factor: of the cross-entropy, in [0, 1].
         seed: of the fill, with the epoch and the index of the sample.

@@ -57,35 +57,37 @@ _REPLACED = {
 
 
 class SmootMixin(PublishingTrainer):
-    """Masks the least salient pixels and holds the prediction to what it was (Equations 1 to 6), in any `Trainer`.
+    """Adds training by SMOOT and SGT (Equations 1 to 6) to any class that derives from `transformers.Trainer`.
 
-    `class Mine(SmootMixin, TheirTrainer)` gives SMOOT to a class that derives from `transformers.Trainer`; `Mine` takes
-    the arguments of both. `SmootTrainer` is this mixin on `Trainer` itself. For any image classifier whose output has
-    `logits`. Each sample's index is attached to the training batches and taken off again: collators, transforms,
-    metrics and callbacks need not know. Evaluation is the Trainer's own: no masking, and K does not move.
+    Define `class Mine(SmootMixin, TheirTrainer)`; `Mine` takes the arguments of both. `SmootTrainer` is this mixin on
+    `Trainer` itself. The model may be any image classifier whose output has `logits`. The trainer attaches the index
+    of each sample to the training batches and removes it before the model sees them, so that collators, transforms,
+    metrics and callbacks need not know of it. Evaluation works as in `Trainer`: nothing is masked, and K does not move.
 
-    What `TheirTrainer` overrides keeps working, except for the methods whose work is done here and nowhere else,
-    `compute_loss`, `create_model_card` and `push_to_hub`: a class that has one of its own is refused when `Mine` is
-    defined. `Mine` itself may override them and call `super()`; a `compute_loss` may add any term of the outputs and
-    the parameters.
-    A hook on a weight is called once a step, with the whole gradient. Hooks on modules are called in every pass:
-    forward hooks for the clean and the masked images, backward hooks for the saliency as well. A `get_train_dataloader`
-    of one's own may return any `DataLoader` over `self.train_dataset` itself that collates batches.
+    Methods that `TheirTrainer` overrides keep working, with three exceptions: `compute_loss`, `create_model_card` and
+    `push_to_hub` are implemented here, so that those of `TheirTrainer` would never run. If it has one of them, defining
+    `Mine` raises a `TypeError`. `Mine` itself may override them and call `super()`; a `compute_loss` may add any term
+    of the outputs and of the parameters. A `get_train_dataloader` of one's own may return any `DataLoader` over
+    `self.train_dataset` itself that collates batches.
+
+    A hook on a weight is called once in each step, with the whole gradient. Hooks on modules are called in every pass:
+    forward hooks for the clean and for the masked images, backward hooks for the saliency as well.
 
     Args:
         model: as in `Trainer`.
         args: `SmootTrainingArguments`, or plain `TrainingArguments` for the defaults of SMOOT.
-        *others: as in `Trainer`.
-        input_pipeline: augments, normalises and resizes uint8 images in batches on the device, so that masks live at
-            the images' native resolution; without it the data set's own `pixel_values` are masked.
-        **more: as in `Trainer`.
+        *others: further arguments of `Trainer`, by position.
+        input_pipeline: augments, normalises and resizes uint8 images in batches on the device. The mask then acts on
+            the images at their native resolution, before they are resized. Without a pipeline it acts on the
+            `pixel_values` of the data set.
+        **more: further arguments of `Trainer`, by name.
 
     Attributes:
         mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
 
     Raises:
-        TypeError: when a class is derived, where a method of its other parents would never run.
-        ValueError: the model, the data or the hardware set-up would train silently wrong; see `refuse_unsupported`.
+        TypeError: when a class is derived and a method of one of its other parents would never run.
+        ValueError: this model, data or hardware would give wrong results without an error; see `refuse_unsupported`.
         SaveError: the output folder cannot be made.
     """
 
@@ -327,7 +329,7 @@ class SmootMixin(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Cross-entropy, and in training by sgt or smoot the KL term of the masked images (Equation 5).
+        """The cross-entropy; when training with sgt or smoot, plus the KL term of the masked images (Equation 5).
 
         Args:
             model: as in `Trainer`.
