@@ -15,7 +15,7 @@ from smoot_hf.training import trainer as budgeted_trainer
 MEASURE = """
 import json, resource
 import torch
-from smoot_hf.host_memory import freed_memory_kept
+from smoot_hf.training.allocator import freed_memory_kept
 
 def faults(size):
     # Pages that two tensors of so many MiB fault in, each of them 256 pages for a MiB.
