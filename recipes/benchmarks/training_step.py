@@ -16,7 +16,7 @@ turn, and their median is what to quote. A step is forward, backward and AdamW; 
   masking      what is neither forward, backward nor optimizer in a step of smoot: ranking, mask, fill, reading and
                moving K. Its ratio is its share of the step of smoot.
 
-On a CPU freed memory is kept, as `SmootTrainer` does in training; `--memory_as_found` leaves the C library to itself.
+On a CPU freed memory is kept, as with `keep_freed_memory=True`; `--memory_as_found` leaves the C library to itself.
 
 MB: most memory that is alive at once in a step beyond what is there between steps (gradients included). On a CPU it is
 that of the tensors, and not known of compiled steps.
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="Ways to measure beside the standard step (default: all).")
     parser.add_argument("--compile", action="store_true", help="Measure the compiled steps as well.")
     parser.add_argument("--bf16", action="store_true", help="Forward passes in bfloat16 where autocast says so.")
-    parser.add_argument("--memory_as_found", action="store_true", help="As where no SmootTrainer runs.")
+    parser.add_argument("--memory_as_found", action="store_true", help="As without keep_freed_memory.")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/training_step.json"), help="JSON file.")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

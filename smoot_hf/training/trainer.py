@@ -174,7 +174,7 @@ class SmootMixin(PublishingTrainer):
                 self.begin_mask_budget()
         self._log_window = LogWindow()
         self._budget_moves.begin(self.accelerator)
-        with freed_memory_kept(self.args.device.type == "cpu"):
+        with freed_memory_kept(self.args.keep_freed_memory and self.args.device.type == "cpu"):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

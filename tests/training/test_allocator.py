@@ -63,7 +63,7 @@ def test_an_allocator_that_the_user_has_set_is_left_alone():
 
 
 def test_training_keeps_it_even_where_it_fails(quick_trainer, monkeypatch):
-    """Catches a training without the setting, and one whose error leaves it behind."""
+    """Catches a training without the setting, one that sets it unasked, and one whose error leaves it behind."""
     said = []
 
     @contextlib.contextmanager
@@ -79,8 +79,10 @@ def test_training_keeps_it_even_where_it_fails(quick_trainer, monkeypatch):
         raise RuntimeError("stop")
 
     monkeypatch.setattr(budgeted_trainer, "freed_memory_kept", kept)
-    trainer = quick_trainer()
-    monkeypatch.setattr(trainer, "compute_loss", fail)
-    with pytest.raises(RuntimeError, match="stop"):
-        trainer.train()
-    assert said == [("kept", True), "step", "given back"]
+    for asked in (True, False):
+        said.clear()
+        trainer = quick_trainer(keep_freed_memory=asked)
+        monkeypatch.setattr(trainer, "compute_loss", fail)
+        with pytest.raises(RuntimeError, match="stop"):
+            trainer.train()
+        assert said == [("kept", asked), "step", "given back"]
