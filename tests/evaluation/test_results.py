@@ -344,7 +344,7 @@ def test_environment_names_the_commit_or_none(tmp_path):
     from smoot_hf.evaluation.results import _commit
 
     copied = tmp_path / "results.py"
-    shutil.copy(importlib.resources.files("smoot_hf") / "results.py", copied)
+    shutil.copy(importlib.resources.files("smoot_hf.evaluation") / "results.py", copied)
     assert _commit(copied) is None
     assert describe_environment()["device"].startswith("cpu: ")
 
@@ -353,7 +353,7 @@ def test_environment_names_the_commit_or_none(tmp_path):
 def load_metric(tmp_path_factory):
     """`evaluate.load` from the package's own files, with every cache in a folder of this module's tests."""
     cache = tmp_path_factory.mktemp("evaluate")
-    folder = importlib.resources.files("smoot_hf") / "metrics"
+    folder = importlib.resources.files("smoot_hf.evaluation") / "metrics"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache / "modules")
         patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
@@ -390,7 +390,7 @@ def test_metrics_load_offline_and_agree_with_the_function(load_metric, name):
 @pytest.mark.parametrize(("name", "value"), [("deletion_auc", 0.375), ("insertion_auc", 0.625)])
 def test_example_of_the_card_holds(load_metric, name, value):
     """Catches a card whose example gives another number."""
-    card = (importlib.resources.files("smoot_hf") / "metrics" / name / "README.md").read_text()
+    card = (importlib.resources.files("smoot_hf.evaluation") / "metrics" / name / "README.md").read_text()
     call = next(line for line in card.splitlines() if line.startswith("metric.compute"))
     assert eval(call, {"metric": load_metric(name)}) == {name: value}
     assert f"# {{'{name}': {value}}}" in card
