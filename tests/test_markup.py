@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from smoot_hf.evaluation.results import Measurement, Results, Row
 from smoot_hf.markup import figure_text, markdown_code, markdown_link, markdown_text, one_line
-from smoot_hf.publishing.card import metadata
-from smoot_hf.publishing.card_text import card_text
+from smoot_hf.publishing.card import card_text, metadata
 
 # Old releases of matplotlib warn of what their own dependencies will drop; its font lacks most of the world's letters.
 pytestmark = [

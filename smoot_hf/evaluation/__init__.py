@@ -5,6 +5,7 @@ from .comparison import PairedDifference, compare_faithfulness
 from .convention import Convention
 from .faithfulness import Curve, Faithfulness, evaluate_faithfulness
 from .image_classes import ImageClasses, find_image_classes
+from .metrics import metric_path
 from .results import Results, load_results
 from .sanity_check import randomized_weights_correlation
 
@@ -20,5 +21,6 @@ __all__ = [
     "evaluate_faithfulness",
     "find_image_classes",
     "load_results",
+    "metric_path",
     "randomized_weights_correlation",
 ]

@@ -1,11 +1,14 @@
-"""The model card, its metadata, its figures and results.json, written from a run and from nothing else."""
+"""The model card: `README.md` with its metadata and figures, and results.json, all written from a run."""
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -17,12 +20,19 @@ from ..errors import first_line, writing
 from ..evaluation.attributions import attribute
 from ..evaluation.faithfulness import Faithfulness
 from ..evaluation.ranked_batches import data_batches, evenly_spread, has_index
-from ..evaluation.results import Measurement, Results, Row, describe_environment, faithfulness_row
+from ..evaluation.results import (
+    Measurement,
+    Results,
+    Row,
+    describe_environment,
+    faithfulness_row,
+    left_out_notes,
+)
 from ..fingerprint import dataset_fingerprint, hub_revision
 from ..functional.perturbation import has_prediction
+from ..markup import markdown_code, markdown_link, markdown_text, one_line
 from ..models.logits import LogitsModel
 from ..models.state import untouched
-from .card_text import card_text
 from .figures import draw_budget, draw_curves, draw_saliency
 from .files import FIGURE_NAMES, FIGURES
 
@@ -308,6 +318,110 @@ def _no_examples(dataset: Any) -> str | None:
     if not has_index(dataset) or not len(dataset):
         return f"eval_dataset, a {type(dataset).__name__}, has no length and index, or no rows"
     return None
+
+
+_COLUMNS = {
+    "accuracy": "Accuracy (%)",
+    "deletion_auc": "Deletion AUC (%, lower is better)",
+    "random_auc": "The same in random order",
+    "insertion_auc": "Insertion AUC (%, higher is better)",
+    "gap": "Gap (higher is better)",
+}
+
+
+def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    """Everything below the metadata: the template `card.md`, filled in.
+
+    Args:
+        results: of `run_results`: the final weights first, then a row for each convention.
+        about: names, data and model, of `_about`.
+        figures: name -> path from the card.
+    """
+    first, *measured = results.rows
+    settings = dict(results.settings)
+    # The commit comes last, under a name that says of what it is.
+    versions = {name: version for name, version in results.environment.items() if version is not None}
+    if "commit" in versions:
+        versions["commit of smoot_hf"] = versions.pop("commit")
+    return _template().render(
+        **about,
+        # The same text means the same in JSON and in Python, and stays on its line of the code.
+        repo_literal=json.dumps(one_line(about["repo"]), ensure_ascii=False),
+        reported={name: m.mean for name, m in first.metrics.items() if m.unit == "as reported"},
+        measured=_measured(measured) if measured else None,
+        budget=_budget(first),
+        figures=figures,
+        method=settings["method"],
+        seed=settings["seed"],
+        epochs=settings.pop("epochs"),
+        steps=settings.pop("steps"),
+        settings=settings,
+        versions=versions,
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    """`card.md`. Its filters write what others have chosen so that it stays text, see `smoot_hf.markup`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # The card is Markdown: the escapes of HTML would show in its code.
+        autoescape=False,
+    )
+    environment.filters |= {
+        "text": markdown_text,
+        "code": markdown_code,
+        "link": markdown_link,
+        "thousands": "{:,}".format,
+    }
+    return environment.get_template("card.md")
+
+
+def _measured(rows: Sequence[Row]) -> dict[str, Any]:
+    """The faithfulness measurements, one row for each convention, as the template takes them."""
+    columns = {name: title for name, title in _COLUMNS.items() if any(name in row.metrics for row in rows)}
+    by_seed = [list(row.details["by_seed"].values()) for row in rows]
+    return {
+        "image_counts": sorted({found["n"] for row in by_seed for found in row}),
+        # A card is of one run: its seed is among the settings, and the limits say what one run means.
+        "table": Results("", {}, {}, rows).markdown_table(columns, cell=_mean).strip(),
+        "notes": left_out_notes(rows),
+        "readings": [
+            {
+                "number": number,
+                "intervals": [found["deletion"]["interval"] for found in row if found["deletion"]["interval"]],
+                "is_no_better_than_random": "random_auc" in metrics
+                and metrics["deletion_auc"].mean >= metrics["random_auc"].mean,
+            }
+            for number, (row, metrics) in enumerate(zip(by_seed, (row.metrics for row in rows), strict=True), 1)
+        ],
+    }
+
+
+def _mean(row: Row, name: str) -> str:
+    return f"{row.metrics[name].mean:.2f}"
+
+
+def _budget(first: Row) -> dict[str, Any] | None:
+    """K at the end of training, as the template takes it; `None` for a run without K."""
+    histogram = first.details.get("k_histogram")
+    if histogram is None:
+        return None
+    height, width = histogram["image_size"]
+    counts, lowest = histogram["counts"], histogram["lowest"]
+    return {
+        **{name: first.metrics[name].mean for name in ("k_min", "k_median", "k_max")},
+        "pixels": height * width,
+        "images": sum(counts),
+        "lowest": lowest,
+        "highest": lowest + len(counts) - 1,
+        "at_lowest": counts[0],
+        "at_highest": counts[-1],
+    }
 
 
 TAGS = ("smoot", "saliency", "interpretability", "image-classification")

@@ -9,6 +9,7 @@ import math
 import shutil
 import statistics
 import sys
+from pathlib import Path
 
 import evaluate
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 
 from smoot_hf.evaluation.convention import Convention
 from smoot_hf.evaluation.faithfulness import evaluate_faithfulness
+from smoot_hf.evaluation.metrics import metric_path
 from smoot_hf.evaluation.results import (
     Measurement,
     Results,
@@ -344,7 +346,7 @@ def test_environment_names_the_commit_or_none(tmp_path):
     from smoot_hf.evaluation.results import _commit
 
     copied = tmp_path / "results.py"
-    shutil.copy(importlib.resources.files("smoot_hf") / "results.py", copied)
+    shutil.copy(importlib.resources.files("smoot_hf.evaluation") / "results.py", copied)
     assert _commit(copied) is None
     assert describe_environment()["device"].startswith("cpu: ")
 
@@ -353,7 +355,6 @@ def test_environment_names_the_commit_or_none(tmp_path):
 def load_metric(tmp_path_factory):
     """`evaluate.load` from the package's own files, with every cache in a folder of this module's tests."""
     cache = tmp_path_factory.mktemp("evaluate")
-    folder = importlib.resources.files("smoot_hf") / "metrics"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache / "modules")
         patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
@@ -361,14 +362,14 @@ def load_metric(tmp_path_factory):
         patch.setattr(sys, "path", list(sys.path))
         for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
             patch.delitem(sys.modules, name)
-        yield lambda name: evaluate.load(str(folder / name), cache_dir=str(cache))
+        yield lambda name: evaluate.load(metric_path(name), cache_dir=str(cache))
     for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
         del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", ["deletion_auc", "insertion_auc"])
 def test_metrics_load_offline_and_agree_with_the_function(load_metric, name):
-    """Catches a metric that needs the Hub or the package, and another rule for the area; true fractions are uneven."""
+    """Catches a metric that needs the Hub, and another rule for the area; true fractions are uneven."""
     metric = load_metric(name)
     fractions = [0.0, 78 / 784, 0.5, 1.0]
     curves = torch.rand(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -390,7 +391,13 @@ def test_metrics_load_offline_and_agree_with_the_function(load_metric, name):
 @pytest.mark.parametrize(("name", "value"), [("deletion_auc", 0.375), ("insertion_auc", 0.625)])
 def test_example_of_the_card_holds(load_metric, name, value):
     """Catches a card whose example gives another number."""
-    card = (importlib.resources.files("smoot_hf") / "metrics" / name / "README.md").read_text()
+    card = Path(metric_path(name), "README.md").read_text()
     call = next(line for line in card.splitlines() if line.startswith("metric.compute"))
     assert eval(call, {"metric": load_metric(name)}) == {name: value}
     assert f"# {{'{name}': {value}}}" in card
+
+
+def test_a_metric_that_does_not_exist_is_refused():
+    """Catches a path that `evaluate.load` takes for the name of a metric on the Hub."""
+    with pytest.raises(ValueError, match="name must be one of 'deletion_auc', 'insertion_auc', got 'sensitivity'"):
+        metric_path("sensitivity")

@@ -128,7 +128,7 @@ def test_a_published_model_is_used_without_smoot_hf(hub, tmp_path):
         k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "PYTHONPATH")
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "without_us.py"), "answers.json"],
+        [sys.executable, str(Path(__file__).parents[1] / "without_us.py"), "answers.json"],
         input="\n".join(map(json.dumps, asked)), cwd=tmp_path / "elsewhere", capture_output=True, text=True,
         env={**environment, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -191,7 +191,7 @@ OTHER_PROCESSORS = {
 def test_a_processor_that_is_not_the_evaluations_is_said_to_be_so(quick_trainer, tmp_path, monkeypatch, name, method):
     """Fault: a card that promises the evaluation's predictions of a processor with other means or channels."""
     said = []
-    monkeypatch.setattr("smoot_hf.data.decoded_images.image_processor.logger.warning", said.append)
+    monkeypatch.setattr("smoot_hf.data.image_processor.logger.warning", said.append)
     model, own, size = vit()
     make, warning, on_card = OTHER_PROCESSORS[name]
     parts = {"processing_class": make(own), "input_pipeline": InputPipeline.from_image_processor(own)}
@@ -213,7 +213,8 @@ PRIVATE = {
 CARD = {"README.md", "results.json", "figures/k_histogram.png", "figures/curves.png", "figures/saliency.png"}
 OF_THE_CNN = {"config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin",
               "modeling_smoot_cnn.py", "grey_image_processor.py"}  # fmt: skip
-CHECKPOINT = {"mask_budget.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+CHECKPOINT = {"mask_budget.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+              "run_identity.json"}  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])

@@ -4,7 +4,8 @@ from typing import Any
 
 import datasets
 import evaluate
-import numpy as np
+
+from smoot_hf.evaluation.metrics import mean_area
 
 _DESCRIPTION = """\
 Deletion AUC measures the faithfulness of a saliency map. The most salient pixels of each image are removed step by step
@@ -28,7 +29,7 @@ Args:
 Returns:
     deletion_auc: mean area over the images, in the unit of the values; not divided by the span of the fractions.
 Examples:
-    >>> metric = evaluate.load("deletion_auc")
+    >>> metric = evaluate.load(metric_path("deletion_auc"))
     >>> metric.compute(predictions=[[1.0, 0.5, 0.0], [1.0, 0.0, 0.0]], fractions=[0.0, 0.5, 1.0])
     {'deletion_auc': 0.375}
 """
@@ -47,13 +48,4 @@ class DeletionAUC(evaluate.Metric):
         )
 
     def _compute(self, predictions: Any, fractions: Any) -> dict[str, float]:
-        fractions = np.asarray(fractions, dtype=np.float64)
-        is_rising = fractions.ndim == 1 and len(fractions) >= 2 and np.all(np.diff(fractions) > 0)
-        if not (is_rising and fractions[0] >= 0 and fractions[-1] <= 1):
-            raise ValueError(f"fractions must be at least 2 rising numbers within [0, 1], got {fractions.tolist()}")
-        lengths = {len(curve) for curve in predictions}
-        if lengths != {len(fractions)}:
-            raise ValueError(f"every curve must have {len(fractions)} values, one per fraction, got {sorted(lengths)}")
-        values = np.asarray(predictions, dtype=np.float64)
-        areas = ((values[:, 1:] + values[:, :-1]) / 2) @ np.diff(fractions)
-        return {"deletion_auc": float(areas.mean())}
+        return {"deletion_auc": mean_area(predictions, fractions)}
