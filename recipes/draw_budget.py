@@ -2,9 +2,9 @@
 
     python recipes/draw_budget.py runs/digits-cnn-smoot [--output budget.png]
 
-Time: seconds. The folder is that of a run of recipes/train*.py, or one of its checkpoints; it must
-have kept its training state (not --save_only_model), where K of every image is stored. The run's own record says which
-images it was trained on; --dataset names them where they have moved, or where there is no record.
+Time: seconds. The folder is that of a run of `smoot-hf train`, or one of its checkpoints; it must have kept its
+training state (not --save_only_model), where K of every image is stored. The run's own record says which images it was
+trained on; --dataset names them where they have moved, or where there is no record.
 
 The classes stand in the order of their median K. Where there are more than --classes, half of those drawn are the
 lowest and half the highest. Of images of equal K the first in the data set is drawn: at a bound there are many.
@@ -15,11 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -113,7 +108,7 @@ def table(found: Sequence[ClassBudget]) -> str:
 def draw(found: Sequence[ClassBudget], images: DecodedImages, budget: MaskBudget, count: int, path: Path) -> None:
     """One row per class: the images of lowest K, how many images have which K, the images of highest K."""
     side = WIDTH / (2 * count + 4.7)
-    figure = plt.figure(figsize=(WIDTH, (side + 0.17) * len(found) + 0.8))
+    figure = Figure(figsize=(WIDTH, (side + 0.17) * len(found) + 0.8))
     ratios = [1.0] * count + [0.2, 4.0, 0.2] + [1.0] * count
     grid = figure.add_gridspec(len(found), len(ratios), width_ratios=ratios, wspace=0.08, hspace=0.3)
     ks = np.concatenate([one.k for one in found])
@@ -132,7 +127,6 @@ def draw(found: Sequence[ClassBudget], images: DecodedImages, budget: MaskBudget
     height, width = budget.image_size
     _heads(figure, count, f"K: masked pixels of {height * width}")
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)
 
 
 def bar_edges(lowest: int, highest: int) -> np.ndarray:

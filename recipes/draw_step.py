@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from smoot_hf import functional as SF
@@ -50,7 +50,8 @@ def draw(run: Path, dataset: str, count: int, output: Path) -> None:
     """Write the figure."""
     pictures, k, names = panels(run, dataset, count)
     pixels = pictures[0][1][0].shape[0] * pictures[0][1][0].shape[1]
-    figure, axes = plt.subplots(len(pictures), count, figsize=(1.1 * count + 1, 1.1 * len(pictures) + 0.7))
+    figure = Figure(figsize=(1.1 * count + 1, 1.1 * len(pictures) + 0.7))
+    axes = figure.subplots(len(pictures), count)
     for row, (name, values) in zip(axes, pictures, strict=True):
         for column, axis in enumerate(row):
             if name == "saliency":

@@ -1,6 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["smoot-hf[recipes]"]
+#
+# [tool.uv.sources]
+# smoot-hf = { path = "..", editable = true }
+# ///
 """Train DeiT-tiny on CIFAR-10 with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_cifar10.py [--dataset DIRECTORY] [--model DIRECTORY] [--method smoot|sgt|standard]
+    uv run recipes/train_cifar10.py [flags]           # installs what it needs
+    smoot-hf train --recipe cifar10 [flags]           # without the repository
 
 Time: 4 minutes for 300 steps of the CNN on two CPU cores; the paper trains DeiT-tiny for 100 epochs on a GPU.
 Expected, n = 1, 2,000 test images: the CNN (--model cnn --saliency_score log_prob) 24.3 % after 200 steps as below, and
@@ -27,22 +36,8 @@ Other models: `--from_scratch --patch_size 4` trains DeiT-tiny on the 32x32 pixe
 --saliency_score log_prob` the CNN of the other recipes. Without network, --dataset and --model take local directories.
 """
 
-from smoot_hf.experiments.flags import check_flags
-
-DEFAULTS = {
-    "dataset": "uoft-cs/cifar10",
-    "model": "deit-tiny",
-    "optimizer": "adadelta",
-    "learning_rate": 0.001,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "num_train_epochs": 100,
-    "rounding": "trunc",
-}
+from smoot_hf.experiments.recipes import RECIPES
+from smoot_hf.experiments.train import main
 
 if __name__ == "__main__":
-    check_flags(DEFAULTS, __doc__)
-    # Only now, since it takes ten seconds.
-    from smoot_hf.experiments.training_run import main
-
-    main(DEFAULTS)
+    main(RECIPES["cifar10"], description=__doc__)

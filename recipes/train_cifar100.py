@@ -1,6 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["smoot-hf[recipes]"]
+#
+# [tool.uv.sources]
+# smoot-hf = { path = "..", editable = true }
+# ///
 """Train DeiT-tiny on CIFAR-100 with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_cifar100.py [--dataset DIRECTORY] [--model DIRECTORY] [--method smoot|sgt|standard]
+    uv run recipes/train_cifar100.py [flags]           # installs what it needs
+    smoot-hf train --recipe cifar100 [flags]           # without the repository
 
 Time: as train_cifar10.py.
 Expected: not measured yet.
@@ -10,15 +19,8 @@ The settings are those of train_cifar10.py, and their reasons stand there, but f
   label_column               fine_label: the data have coarse labels as well; the paper's are the 100 fine ones.
 """
 
-from train_cifar10 import DEFAULTS as CIFAR10
-
-from smoot_hf.experiments.flags import check_flags
-
-DEFAULTS = CIFAR10 | {"dataset": "uoft-cs/cifar100", "label_column": "fine_label"}
+from smoot_hf.experiments.recipes import RECIPES
+from smoot_hf.experiments.train import main
 
 if __name__ == "__main__":
-    check_flags(DEFAULTS, __doc__)
-    # Only now, since it takes ten seconds.
-    from smoot_hf.experiments.training_run import main
-
-    main(DEFAULTS)
+    main(RECIPES["cifar100"], description=__doc__)

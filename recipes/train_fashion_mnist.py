@@ -1,6 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["smoot-hf[recipes]"]
+#
+# [tool.uv.sources]
+# smoot-hf = { path = "..", editable = true }
+# ///
 """Train the paper's CNN on Fashion-MNIST with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_fashion_mnist.py [--dataset DIRECTORY] [--method smoot|sgt|standard]
+    uv run recipes/train_fashion_mnist.py [flags]           # installs what it needs
+    smoot-hf train --recipe fashion_mnist [flags]           # without the repository
 
 Time: as train_mnist.py.
 Expected: not measured yet.
@@ -9,15 +18,8 @@ The settings are those of train_mnist.py, and their reasons stand there. The dat
 of the Hub; --dataset takes a local directory of the same Parquet files.
 """
 
-from train_mnist import DEFAULTS as MNIST
-
-from smoot_hf.experiments.flags import check_flags
-
-DEFAULTS = MNIST | {"dataset": "zalando-datasets/fashion_mnist"}
+from smoot_hf.experiments.recipes import RECIPES
+from smoot_hf.experiments.train import main
 
 if __name__ == "__main__":
-    check_flags(DEFAULTS, __doc__)
-    # Only now, since it takes ten seconds.
-    from smoot_hf.experiments.training_run import main
-
-    main(DEFAULTS)
+    main(RECIPES["fashion_mnist"], description=__doc__)

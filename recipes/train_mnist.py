@@ -1,6 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["smoot-hf[recipes]"]
+#
+# [tool.uv.sources]
+# smoot-hf = { path = "..", editable = true }
+# ///
 """Train the paper's CNN on MNIST with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_mnist.py [--dataset DIRECTORY] [--method smoot|sgt|standard]
+    uv run recipes/train_mnist.py [flags]           # installs what it needs
+    smoot-hf train --recipe mnist [flags]           # without the repository
 
 Time: 5 minutes for 3 epochs of sgt or smoot on two CPU cores; the paper trains for 100.
 Expected: after 3 epochs, single runs: 98.56 and 98.34 % test accuracy (sgt 98.10 and 98.19, standard 98.82); K
@@ -21,24 +30,8 @@ Signed ranking of the gradient, step_size 10 pixels, kl_weight 1 and mask_ratio 
 The data are "ylecun/mnist" of the Hub; --dataset takes a local directory of the same Parquet files.
 """
 
-from smoot_hf.experiments.flags import check_flags
-
-DEFAULTS = {
-    "dataset": "ylecun/mnist",
-    "model": "cnn",
-    "optimizer": "adadelta",
-    "learning_rate": 1.0,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "num_train_epochs": 100,
-    "alpha": 0.95,
-    "rounding": "trunc",
-    "saliency_score": "log_prob",
-}
+from smoot_hf.experiments.recipes import RECIPES
+from smoot_hf.experiments.train import main
 
 if __name__ == "__main__":
-    check_flags(DEFAULTS, __doc__)
-    # Only now, since it takes ten seconds.
-    from smoot_hf.experiments.training_run import main
-
-    main(DEFAULTS)
+    main(RECIPES["mnist"], description=__doc__)

@@ -4,7 +4,6 @@ The cases stand in the tables of tests/test_bad_*.py; `pytest tests/test_bad_*.p
 """
 
 import hashlib
-import importlib
 import io
 import re
 from collections.abc import Callable
@@ -19,12 +18,13 @@ from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
 from smoot_hf import SmootTrainer, SmootTrainingArguments
+from smoot_hf.experiments import train
 
 # A new training is to begin where a checkpoint of another lies, which must survive.
 KEPT = QUICK | {"overwrite_output_dir": True}
 # Written when a training begins.
 ABOUT_THE_RUN = ("run.json", "run_identity.json")
-RECIPES = Path(__file__).parent.parent / "recipes"
+ROOT = Path(__file__).parent.parent
 FEATURES = Features({"image": datasets.Image(), "label": ClassLabel(names=["cat", "dog"])})
 
 
@@ -64,15 +64,14 @@ def contents(folder):
 
 
 def train_recipe(*argv):
-    """An attempt to run recipes/train.py on a few images; "{}" in an argument is the folder."""
+    """An attempt to train by the command on a few images; "{}" in an argument is the folder."""
 
     def attempt(folder):
-        main = importlib.import_module("train").main
         quick = ["--use_cpu", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
         # The folder holds the checkpoint that must survive.
         quick += ["--overwrite_output_dir", "true"]
         defaults = {"dataset": "digits", "max_train_samples": 16, "max_eval_samples": 8}
-        main(defaults, argv=[*quick, "--output_dir", str(folder / "run"), *(a.format(folder) for a in argv)])
+        train.main(defaults, argv=[*quick, "--output_dir", str(folder / "run"), *(a.format(folder) for a in argv)])
 
     return attempt
 

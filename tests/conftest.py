@@ -4,7 +4,6 @@
 import gc
 import os
 import shutil
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -259,9 +258,8 @@ def saved_run(tmp_path_factory):
 
 @pytest.fixture
 def bad_input_folder(saved_run, tmp_path, monkeypatch):
-    """A folder to work in, with an earlier result in `run` that must survive; recipes can be imported."""
+    """A folder to work in, with an earlier result in `run` that must survive."""
     shutil.copytree(saved_run, tmp_path / "run")
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path

@@ -2,10 +2,8 @@
 
 import ast
 import html.parser
-import importlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +14,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from smoot_hf.evaluation.results import Measurement, Results, Row
+from smoot_hf.experiments import report
 from smoot_hf.markup import figure_text, markdown_code, markdown_link, markdown_text, one_line
 from smoot_hf.publishing.card import card_text, metadata
 
@@ -181,16 +180,9 @@ def test_a_long_name_is_cut():
     assert figure_text("a" * 1000, most=10) == "a" * 9 + "…"
 
 
-@pytest.fixture
-def report(monkeypatch):
-    """recipes/report.py."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
-    return importlib.import_module("report")
-
-
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=NASTY)
-def test_a_name_is_text_in_the_report(report, tmp_path, name):
+def test_a_name_is_text_in_the_report(tmp_path, name):
     """Fault: a data set's or a method's name that adds a tag, a script or a comment to report.html."""
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"")

@@ -77,8 +77,12 @@ class Measurement:
 
     def format(self, digits: int = 2) -> str:
         """Mean, spread and number of seeds: "98.12 ± 0.05 (n=3)", or "98.12 (n=1)"."""
+        return f"{self.format_value(digits)} (n={self.n})"
+
+    def format_value(self, digits: int = 2) -> str:
+        """Mean and spread alone: "98.12 ± 0.05", or "98.12"."""
         spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread} (n={self.n})"
+        return f"{self.mean:.{digits}f}{spread}"
 
     def to_dict(self) -> dict[str, Any]:
         """As in the schema."""

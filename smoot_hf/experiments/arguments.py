@@ -1,4 +1,4 @@
-"""The command line of the recipes as arguments: what flags.py lets pass, and the checks of the arguments themselves."""
+"""The command line of a training as arguments: what flags.py lets pass, and the checks of the arguments themselves."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ class RecipeParser(HfArgumentParser, OneLineParser):
 
 
 def make_parser(defaults: Mapping[str, Any], description: str) -> RecipeParser:
-    """The parser of all flags, with a recipe's defaults."""
+    """The parser of all flags; without defaults of its own, --recipe names them."""
     parser = RecipeParser(
         (SmootTrainingArguments, RecipeArguments),  # type: ignore[arg-type]  # of HfArgumentParser, which mypy skips
         description=description,
@@ -30,6 +30,8 @@ def make_parser(defaults: Mapping[str, Any], description: str) -> RecipeParser:
         allow_abbrev=False,
     )
     flags.add_config(parser)
+    if not defaults:
+        flags.add_recipe(parser)
     parser.set_defaults(**{**DEFAULTS, **defaults})
     return parser
 

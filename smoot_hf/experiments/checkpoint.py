@@ -128,7 +128,7 @@ def load_budget(folder: Path, train: DecodedImages) -> MaskBudget:
     path = next((place / MASK_BUDGET_NAME for place in places if (place / MASK_BUDGET_NAME).is_file()), None)
     if path is None:
         raise ValueError(
-            f"{folder} holds no checkpoint with {MASK_BUDGET_NAME}: train it with recipes/train*.py and --method smoot "
+            f"{folder} holds no checkpoint with {MASK_BUDGET_NAME}: train it by `smoot-hf train` with --method smoot "
             "or sgt, without --save_only_model"
         )
     budget = MaskBudget.load(path)
@@ -167,7 +167,7 @@ def _runs_of(path: str) -> list[str]:
     found = [(RunRecord.load(folder), folder) for folder in sorted(runs.iterdir()) if (folder / RECORD_NAME).is_file()]
     finished = [(record, folder) for record, folder in found if record.is_finished]
     if not finished:
-        raise ValueError(f"{path} holds no finished run: run recipes/compare_methods.py")
+        raise ValueError(f"{path} holds no finished run: run smoot-hf compare")
     first = min(record.seed for record, _ in finished)
     chosen = {record.method: str(folder) for record, folder in finished if record.seed == first}
     return [chosen[method] for method in METHODS if method in chosen]

@@ -30,6 +30,25 @@ from .training_run import decode, limit, load_splits
 # What a file may hold beside tensors and plain values; anything else in it is refused, and none of its code runs.
 _CLASSES = [Convention, Curve, Faithfulness, ImageClasses, WeightRandomization]
 
+COLUMNS = {
+    "accuracy": "Accuracy",
+    "deletion_auc": "AUC (lower is better)",
+    "random_auc": "AUC, random order",
+    "insertion_auc": "Insertion AUC (higher is better)",
+    "gap": "Gap (higher is better)",
+}
+CLASS_COLUMNS = {
+    "class_two": "Class II (%)",
+    "class_two_random": "Class II, random order (%)",
+    "raised": "any rise, the paper's reading (%)",
+    "early_peaks": "of class II, peak before 50 % masked (%)",
+    "recovered": "wrong, right when masked (%)",
+    "random_weights": "Rank correlation with random weights",
+}
+# metric -> its curve in the details of a row
+_CURVES = {"deletion_auc": "deletion", "random_auc": "random", "insertion_auc": "insertion"}
+_SANITY_IMAGES = 500
+
 Measured = TypeVar("Measured")
 
 
@@ -116,28 +135,6 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-COLUMNS = {
-    "accuracy": "Accuracy",
-    "deletion_auc": "AUC (lower is better)",
-    "random_auc": "AUC, random order",
-    "insertion_auc": "Insertion AUC (higher is better)",
-    "gap": "Gap (higher is better)",
-}
-CLASS_COLUMNS = {
-    "class_two": "Class II (%)",
-    "class_two_random": "Class II, random order (%)",
-    "raised": "any rise, the paper's reading (%)",
-    "early_peaks": "of class II, peak before 50 % masked (%)",
-    "recovered": "wrong, right when masked (%)",
-    "random_weights": "Rank correlation with random weights",
-}
-# metric -> its curve in the details of a row
-_CURVES = {"deletion_auc": "deletion", "random_auc": "random", "insertion_auc": "insertion"}
-_SANITY_IMAGES = 500
-
-Measured = TypeVar("Measured", Faithfulness, ImageClasses, WeightRandomization)
-
-
 class Found(NamedTuple):
     """Everything that was measured.
 
@@ -192,11 +189,6 @@ def cell(row: Row, metric: str) -> str:
     found = row.details.get("by_seed", {}).get(str(seed), {})
     interval = found.get("gap_interval") if metric == "gap" else found.get(_CURVES.get(metric), {}).get("interval")
     return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-
-
-def convention_of(options: argparse.Namespace, attribution: Method, fill: Fill) -> Convention:
-    """The convention of one line of the table."""
-    return resolve_convention(options.convention, attribution, options.steps, fill)
 
 
 class Measuring:

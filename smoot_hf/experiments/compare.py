@@ -1,14 +1,15 @@
 """Compare standard training, SGT and SMOOT: accuracy and faithfulness over several seeds, in one report.
 
-    accelerate launch recipes/compare_methods.py [--recipe digits] [--seeds 0 1 2] [--output FOLDER] [training flags]
-    python recipes/compare_methods.py --runs FOLDER FOLDER ... [--recipe mnist] [--dataset DATA]
+    smoot-hf compare [--recipe digits] [--seeds 0 1 2] [--output FOLDER] [--config FILE] [training flags]
+    smoot-hf compare --runs FOLDER FOLDER ... [--recipe mnist] [--dataset DATA]
+    accelerate launch -m smoot_hf.experiments.compare [flags]
 
 Time: a minute and a half for the digits (three methods, three seeds, 20 epochs) on one CPU core.
 
---recipe takes the settings of recipes/train_<recipe>.py; every other flag is one of recipes/train.py and holds for all
-runs. A run that is found finished in the output folder is not trained again, one that was cut off goes on from its last
-checkpoint. --runs evaluates finished runs in place of training: folders of recipes/train*.py, or any folder with a
-saved model whose name says method and seed, as in `smoot-seed0`.
+--recipe takes the settings of a data set, as `smoot-hf train --recipe` does; every other flag is one of `smoot-hf
+train` and holds for all runs. A run that is found finished in the output folder is not trained again, one that was cut
+off goes on from its last checkpoint. --runs evaluates finished runs in place of training: folders of `smoot-hf train`,
+or any folder with a saved model whose name says method and seed, as in `smoot-seed0`.
 
 Every model is measured by both presets (the library's and the paper's) with two fills, corner and mean, on all test
 images (--max_eval_samples: fewer). Beside each AUC stands that of the same model with the positions removed in random
@@ -21,13 +22,13 @@ order: an AUC that is not below it says nothing. What is written into the output
 """
 
 import argparse
-import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .flags import METHODS, OneLineParser, check_flags
+from .flags import METHODS, OneLineParser, add_config, check_flags, with_config
+from .recipes import RECIPES
 
-RECIPES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 _ONE_RUNS_FLAGS = ("--method", "--seed", "--output_dir", "--resume_from_checkpoint")
 
 
@@ -40,18 +41,17 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         The report; `None` on all processes but the first.
     """
     parser = make_comparison_parser()
+    argv = with_config(parser, sys.argv[1:] if argv is None else argv, others_follow=True)
     options, flags = parser.parse_known_args(argv)
     given = next((flag for flag in flags if flag.split("=")[0] in _ONE_RUNS_FLAGS), None)
     if given is not None:
         parser.error(f"{given} is a flag of a single run: use --methods, --seeds and --output")
-    defaults = importlib.import_module(f"train_{options.recipe}").DEFAULTS
-    check_flags(defaults, __doc__, flags)
+    check_flags(RECIPES[options.recipe], __doc__, flags)
     # Only now, since it takes ten seconds.
-    from budget_history import BudgetHistory
-    from checkpoints import load_checkpoint
-    from method_comparison import compare
-    from method_runs import check_comparable, known_runs, plan_runs, read_runs, train_missing
-    from train import load_data
+    from .checkpoint import load_checkpoint
+    from .method_comparison import check_comparable, compare, known_runs, plan_runs, read_runs, train_missing
+    from .run import BudgetHistory
+    from .training_run import load_data
 
     output = options.output or Path(f"runs/compare-{options.recipe}")
     plans = plan_runs(options, flags, output)
@@ -75,15 +75,16 @@ def make_comparison_parser() -> OneLineParser:
     """The parser of what is not a flag of a single training run."""
     parser = OneLineParser(
         description=__doc__,
-        usage="%(prog)s [--flag VALUE ...] [flags of recipes/train.py]",
+        usage="%(prog)s [--flag VALUE ...] [flags of smoot-hf train]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", choices=RECIPES, default="digits", help="Whose settings (default: digits).")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="digits", help="Whose settings (default: digits).")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="Default: all three.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Default: 0 1 2.")
     parser.add_argument("--runs", nargs="+", type=Path, metavar="FOLDER", help="Evaluate these instead of training.")
     parser.add_argument("--output", type=Path, help="Folder to write to (default: runs/compare-RECIPE).")
+    add_config(parser)
     return parser
 
 

@@ -1,14 +1,14 @@
 """A page that shows what models look at: prediction, saliency, and how the probability falls as pixels are removed.
 
-    python recipes/demo.py runs/compare-digits
-    python recipes/demo.py CHECKPOINT [CHECKPOINT ...] [--dataset DATA] [--port 7860] [--space FOLDER]
+    smoot-hf demo runs/compare-digits
+    smoot-hf demo CHECKPOINT [CHECKPOINT ...] [--dataset DATA] [--port 7860] [--space FOLDER] [--config FILE]
 
 Needs gradio: pip install 'smoot-hf[demo,recipes]'. Time: seconds to start.
 
-A CHECKPOINT is the folder of a run of recipes/train*.py, of a saved model, or a Hub id; the folder of a run of
-recipes/compare_methods.py stands for its methods, by their first seed. The examples are test images of the data that
-the first run was trained on (--dataset: others, or where they are now). --space writes a folder that can be published
-as a Space, with everything it needs, in place of serving the page:
+A CHECKPOINT is the folder of a run of `smoot-hf train`, of a saved model, or a Hub id; the folder of a run of `smoot-hf
+compare` stands for its methods, by their first seed. The examples are test images of the data that the first run was
+trained on (--dataset: others, or where they are now). --space writes a folder that can be published as a Space, with
+everything it needs, in place of serving the page:
 
     hf upload --repo-type space NAME/smoot-demo FOLDER
 
@@ -17,10 +17,11 @@ predicts itself for the whole image, since a dropped image has no label.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .flags import OneLineParser
+from .flags import OneLineParser, add_config, with_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", help="Of the examples (default: what the first run's record says).")
     parser.add_argument("--port", type=int, default=7860, help="Of the page (default 7860).")
     parser.add_argument("--space", type=Path, metavar="FOLDER", help="Write a Space instead of serving the page.")
-    options = parser.parse_args(argv)
+    add_config(parser)
+    options = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))
     # Only now, since it takes ten seconds.
-    from checkpoints import load_checkpoint, named_checkpoints, recorded_images
-    from page import choose_examples, launch_settings, make_page
-    from space import write_space
+    from .checkpoint import load_checkpoint, named_checkpoints, recorded_images
+    from .page import choose_examples, launch_settings, make_page
+    from .space import write_space
 
     try:
         names = named_checkpoints(options.checkpoints)

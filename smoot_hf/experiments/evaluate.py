@@ -1,9 +1,9 @@
 """Measure how faithful the saliency of any trained checkpoint is: curves, areas, image classes, sanity check.
 
-    python recipes/evaluate_faithfulness.py CHECKPOINT --dataset DATA [--convention default|paper]
+    smoot-hf evaluate CHECKPOINT --dataset DATA [--convention default|paper] [--config FILE]
         [--attribution gradient integrated_gradients ...] [--fill corner mean ...] [--output FOLDER]
 
-CHECKPOINT is a folder or Hub id of transformers or timm; DATA is what recipes/train.py takes. Written into the output
+CHECKPOINT is a folder or Hub id of transformers or timm; DATA is what `smoot-hf train` takes. Written into the output
 folder: results.json, table.md, curves_<attribution>.png and classes_<attribution>.png; and, as soon as it is made,
 every single measurement, in the folder "measurements". After it was stopped the same command goes on from there: what
 has been measured of the same checkpoint, images and convention, by the same software, is not measured again.
@@ -31,17 +31,19 @@ the table and in results.json):
 
 Others define the curve otherwise. torch-cam's DeletionInsertionMetric follows the probability of a class, fills with
 zero (after normalisation) and rounds its step up to whole positions; with the same map, steps and fill ours is equal to
-1e-5 (tests/test_perturbation.py). Quantus' PixelFlipping flips single values of single channels, not positions, breaks
-ties in no fixed order, leaves out the unmasked image, and its AUC counts a step as 1, so that it grows with the number
-of steps. captum has no such curve: its infidelity and sensitivity measure other properties of an attribution.
+1e-5 (tests/functional/test_perturbation.py). Quantus' PixelFlipping flips single values of single channels, not
+positions, breaks ties in no fixed order, leaves out the unmasked image, and its AUC counts a step as 1, so that it
+grows with the number of steps. captum has no such curve: its infidelity and sensitivity measure other properties of an
+attribution.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .flags import OneLineParser
+from .flags import OneLineParser, add_config, with_config
 
 if TYPE_CHECKING:
     from ..evaluation.results import Results
@@ -63,14 +65,14 @@ FILLS = ("corner", "mean", "zero", "uniform", "blur")
 def main(argv: Sequence[str] | None = None) -> "Results":
     """Evaluate, write, print; what a user can get wrong ends the process with one line and exit code 2."""
     parser = make_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))
     options.fill, options.attribution = (list(dict.fromkeys(v)) for v in (options.fill, options.attribution))
     if len(options.fill) < 2:
         parser.error("--fill must name at least two: the fill moves the AUC as much as a training method does")
     output = options.output or Path(f"runs/faithfulness-{Path(options.checkpoint).name}")
     # Only now, since it takes ten seconds.
-    from checkpoint_evaluation import choose_device, evaluate, load_test_images
-    from checkpoints import load_checkpoint
+    from .checkpoint import load_checkpoint
+    from .checkpoint_evaluation import choose_device, evaluate, load_test_images
 
     try:
         options.device = options.device or choose_device()
@@ -100,8 +102,9 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--convert_rgb", action="store_true", help="Three channels for grey images.")
     parser.add_argument("--image_size", type=int, help="Resize and crop to a square of this side, as in training.")
     parser.add_argument("--train_split", default="train", help="Split that the model was trained on (default: train).")
-    parser.add_argument("--eval_split", help="Split to evaluate on (default: as recipes/train.py).")
+    parser.add_argument("--eval_split", help="Split to evaluate on (default: as smoot-hf train).")
     parser.add_argument("--device", help="Where to compute (default: cuda where there is one, else cpu).")
+    add_config(parser)
     return parser
 
 

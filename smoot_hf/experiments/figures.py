@@ -1,12 +1,13 @@
-"""Figures of faithfulness: curves, saliency grids, K over epochs, images of class I and II. Readable at 900 pixels."""
+"""Figures of faithfulness: curves, saliency grids, K over epochs, images of class I and II. Readable at 900 pixels.
+
+They are drawn without pyplot, which would choose a window system for the whole process.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -21,8 +22,6 @@ from ..evaluation.image_classes import ImageClasses
 from ..evaluation.results import Measurement
 from ..markup import figure_text
 from .run import BudgetHistory
-
-mpl.use("Agg")
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,8 @@ def draw_curves(panels: Mapping[Convention, Measured], path: Path) -> None:
     the other two curves, least salient first and insertion, where they were measured.
     """
     rows = (len(panels) + 1) // 2
-    figure, grid = plt.subplots(rows, 2, figsize=(WIDTH, 4.8 * rows), sharey=True, squeeze=False)
+    figure = Figure(figsize=(WIDTH, 4.8 * rows))
+    grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
     for axes, (convention, measured) in zip(grid.flat, panels.items(), strict=False):
         styles = style(list(measured))
         for name, found in measured.items():
@@ -147,9 +147,9 @@ def draw_saliency_grid(
         path: of the figure.
     """
     count = len(images)
-    size = (WIDTH, WIDTH / (count + 1.6) * (1 + len(maps)) + 0.5)
+    figure = Figure(figsize=(WIDTH, WIDTH / (count + 1.6) * (1 + len(maps)) + 0.5))
     # Not squeezed: a data set may have a single class.
-    figure, grid = plt.subplots(1 + len(maps), count, figsize=size, squeeze=False)
+    grid = figure.subplots(1 + len(maps), count, squeeze=False)
     for column in range(count):
         grid[0, column].imshow(images[column], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         grid[0, column].set_title(figure_text(labels[column], _LONGEST_LINE), fontsize=10)
@@ -178,7 +178,8 @@ def draw_budgets(histories: Mapping[str, BudgetHistory], path: Path) -> None:
     counts = np.sum([history.counts[: len(epochs)] for history in histories.values()], axis=0)
     shares = 100 * counts / counts.sum(axis=1, keepdims=True)
     levels = first.k_min + np.arange(shares.shape[1])
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.6))
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
     edges = np.append(levels - 0.5, levels[-1] + 0.5)
     sides = np.append(np.array(epochs) - 0.5, epochs[-1] + 0.5)
     shown = np.ma.masked_less_equal(shares.T, 0)
@@ -214,7 +215,8 @@ def draw_image_classes(found: ImageClasses, examples: Mapping[str, Example], pat
     """
     if not examples:
         raise ValueError("there is no example, neither a right image of class I nor an image of class II")
-    figure, grid = plt.subplots(1, len(examples), figsize=(WIDTH, 4.2), sharey=True, squeeze=False)
+    figure = Figure(figsize=(WIDTH, 4.2))
+    grid = figure.subplots(1, len(examples), sharey=True, squeeze=False)
     for axes, (name, example) in zip(grid.flat, examples.items(), strict=True):
         x, y = 100 * found.fractions, found.probability[example.row]
         is_correct = found.is_correct[example.row]
@@ -255,7 +257,6 @@ def try_to_draw(draw: Callable[[Path], None], path: Path) -> bool:
     try:
         draw(path)
     except Exception as error:  # matplotlib raises whatever it meets
-        plt.close("all")
         logger.warning("%s is not drawn: %s", path, str(error) or type(error).__name__)
         return False
     return True
@@ -265,4 +266,3 @@ def _save(figure: Figure, path: Path, tight: bool = True) -> None:
     if tight:
         figure.tight_layout()
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    plt.close(figure)

@@ -1,7 +1,7 @@
-"""The flags of the recipes, known without the libraries that they are about: importing those takes ten seconds.
+"""The flags of the commands, known without the libraries that they are about: importing those takes ten seconds.
 
-A misspelled flag and --help are answered at once. `TrainingArguments` and `SmootTrainingArguments` are read from their
-source for that, not imported; command_line.py makes the arguments themselves and has the last word.
+A misspelled flag and --help are answered at once. `TrainingArguments`, `SmootSettings` and `SmootTrainingArguments` are
+read from their source for that, not imported; arguments.py makes the arguments themselves and has the last word.
 """
 
 import argparse
@@ -20,9 +20,11 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from .recipes import RECIPES
+
 METHODS = ("standard", "sgt", "smoot")
 USAGE = "%(prog)s [FILE] [--flag VALUE ...]"
-# What the recipes set otherwise than the classes.
+# What the commands set otherwise than the classes.
 DEFAULTS: dict[str, Any] = {
     "output_dir": None,
     "per_device_train_batch_size": 256,
@@ -35,17 +37,20 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
 }
 
-# Where a flag's class is: package, file, class, and the bases it may have for all of its fields to be known.
+# Where a flag's class is: package, file, class, and the bases it may have for all of its fields to be known. A field
+# of several of them is read from the first: `SmootTrainingArguments` takes over those of `SmootSettings`, which has two
+# of `TrainingArguments`.
 _SOURCES: tuple[tuple[str, str, str, list[str]], ...] = (
     ("transformers", "training_args.py", "TrainingArguments", []),
-    ("smoot_hf", "training_args.py", "SmootTrainingArguments", ["TrainingArguments"]),
+    ("smoot_hf", "training/settings.py", "SmootSettings", []),
+    ("smoot_hf", "training/arguments.py", "SmootTrainingArguments", ["TrainingArguments"]),
 )
 _NUMBERS = {"int": int, "int | None": int, "float": float, "float | None": float}
 
 
 @dataclass
 class RecipeArguments:
-    """What a recipe needs beside `SmootTrainingArguments`."""
+    """What a training needs beside `SmootTrainingArguments`."""
 
     dataset: str = field(
         default="digits", metadata={"help": 'Hub id, local directory (Parquet or imagefolder), or "digits".'}
@@ -140,7 +145,7 @@ def check_flags(defaults: Mapping[str, Any], description: str | None, argv: Sequ
 
     Args:
         defaults: values of flags that differ from those of the classes.
-        description: the recipe's docstring; its first paragraph is the description.
+        description: the command's docstring; its first paragraph is the description.
         argv: the command line; default: that of the process.
     """
     parser = quick_parser(defaults, description)
@@ -160,9 +165,14 @@ def quick_parser(defaults: Mapping[str, Any], description: str | None) -> OneLin
         allow_abbrev=False,
     )
     own = read_flags_of(Path(__file__), RecipeArguments.__name__, []) or []
-    for flag in [flag for flags in known for flag in flags or []] + own:
+    flags: dict[str, Flag] = {}
+    for flag in [flag for several in known for flag in several or []] + own:
+        flags.setdefault(flag.name, flag)
+    for flag in flags.values():
         _add_flag(parser, flag)
     add_config(parser)
+    if not defaults:
+        add_recipe(parser)
     parser.set_defaults(**{**DEFAULTS, **defaults})
     return parser
 
@@ -243,23 +253,57 @@ def _spellings(name: str) -> list[str]:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """The flag of the configuration file."""
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; may be the first argument.")
+    """The flag of the configuration file; last, when the parser has its other arguments."""
+    first = "" if _takes_words(parser) else "; may be the first argument"
+    parser.add_argument("--config", metavar="FILE", help=f"YAML or JSON file of flags{first}.")
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The flag that names the settings to begin with."""
+    parser.add_argument("--recipe", choices=list(RECIPES), help="Take the settings of this data set as defaults.")
 
 
 def expand_flags(parser: OneLineParser, argv: list[str]) -> tuple[list[str], argparse.Namespace]:
-    """The command line with the flags of its configuration file before its own, and what it says; exits if wrong."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    path = parser.parse_known_args(argv)[0].config
-    flags = argv if path is None else [*config_flags(parser, path), *argv]
+    """The command line with the flags of its configuration file before its own, and what it says; exits if wrong.
+
+    Where it names a recipe, the settings of that become defaults of the parser.
+    """
+    flags = with_config(parser, argv)
     known, unknown = parser.parse_known_args(flags)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{near(parser, unknown[0].lstrip('-').split('=')[0])}")
+    if getattr(known, "recipe", None) is not None:
+        parser.set_defaults(**RECIPES[known.recipe])
+        known = parser.parse_args(flags)
     return flags, known
 
 
-def config_flags(parser: OneLineParser, path: str) -> list[str]:
+def with_config(parser: OneLineParser, argv: Sequence[str], others_follow: bool = False) -> list[str]:
+    """The command line with the flags of its configuration file before its own, which override them.
+
+    Args:
+        parser: knows the flags.
+        argv: the command line; its first argument may be the file, unless the parser takes other such arguments.
+        others_follow: flags that the parser does not know are those of another one, which checks them.
+    """
+    argv = list(argv)
+    if argv and not argv[0].startswith("-") and not _takes_words(parser):
+        argv = ["--config", *argv]
+    finder = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    add_config(finder)
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        return argv
+    # Between the two, so that no list of the file goes on into the arguments without a flag.
+    return [*config_flags(parser, path, others_follow), f"--config={path}", *argv]
+
+
+def _takes_words(parser: argparse.ArgumentParser) -> bool:
+    """Whether it has arguments without a flag."""
+    return any(not action.option_strings for action in parser._actions)
+
+
+def config_flags(parser: OneLineParser, path: str, others_follow: bool = False) -> list[str]:
     """A configuration file as flags, so that both are checked in the same way."""
     try:
         # JSON is YAML.
@@ -268,15 +312,20 @@ def config_flags(parser: OneLineParser, path: str) -> list[str]:
         parser.error(f"cannot read the configuration file {path!r}: {' '.join(str(error).split())}")
     if not isinstance(config, dict):
         parser.error(f"the configuration file {path!r} must map names of flags to values")
-    names = {action.dest for action in parser._actions}
+    # The first action of a name: others only say its contrary.
+    actions = {action.dest: action for action in reversed(parser._actions) if action.option_strings}
     for key in config:
-        if key not in names:
+        if key not in actions and not others_follow:
             parser.error(f"unknown key {key!r} in {path}{near(parser, str(key))}")
-    return [part for key, value in config.items() if value is not None for part in as_flag(key, value)]
+    return [
+        part for key, value in config.items() if value is not None for part in as_flag(key, value, actions.get(key))
+    ]
 
 
-def as_flag(key: str, value: Any) -> list[str]:
-    """One entry of a configuration file as command line arguments."""
+def as_flag(key: str, value: Any, action: argparse.Action | None = None) -> list[str]:
+    """One entry of a configuration file as command line arguments; `action` is the flag's, where it is known."""
+    if action is not None and action.nargs == 0 and isinstance(value, bool):
+        return [f"--{key}"] if value else []
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -1,6 +1,5 @@
 """A comparison of training methods: its runs, trained where they are missing, and their evaluation."""
 
-import importlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,10 +22,17 @@ from .arguments import make_parser, parse
 from .checkpoint import load_checkpoint
 from .figures import Measured, draw_budgets, draw_curves, draw_saliency_grid, try_to_draw
 from .flags import METHODS, RecipeArguments
+from .recipes import RECIPES
 from .report import comparison_results, comparison_table, write_method_report
 from .run import RECORD_NAME, BudgetHistory, Run, RunRecord, difference, settings_of, write_whole
 from .training_run import make_trainer, prepare, train
 from .verdict import judge
+
+FILLS: tuple[Fill, ...] = ("corner", "mean")
+_GRID_IMAGES = 8
+
+# method -> seed -> run
+Runs = Mapping[str, Mapping[int, Run]]
 
 
 class Plan(NamedTuple):
@@ -41,10 +47,10 @@ def plan_runs(options: Namespace, flags: Sequence[str], output: Path) -> list[Pl
 
     Args:
         options: `recipe`, `methods` and `seeds`.
-        flags: of recipes/train.py, for all runs.
+        flags: of `smoot-hf train`, for all runs.
         output: the runs' folders are made in its folder "runs".
     """
-    parser = make_parser(importlib.import_module(f"train_{options.recipe}").DEFAULTS, "")
+    parser = make_parser(RECIPES[options.recipe], "")
     plans = []
     for seed in dict.fromkeys(options.seeds):
         for method in (name for name in METHODS if name in options.methods):
@@ -127,13 +133,6 @@ def train_missing(plans: Sequence[Plan]) -> list[Run]:
         train(make_trainer(task, args, recipe), args, recipe)
     # The first process alone writes the records, and goes on to read them.
     return read_runs([Path(args.output_dir) for args, _ in plans]) if plans[0].args.process_index == 0 else []
-
-
-FILLS: tuple[Fill, ...] = ("corner", "mean")
-_GRID_IMAGES = 8
-
-# method -> seed -> run
-Runs = Mapping[str, Mapping[int, Run]]
 
 
 def compare(runs: Sequence[Run], test: DecodedImages, plan: Plan, recipe_name: str, output: Path) -> Path:

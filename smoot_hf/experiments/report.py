@@ -33,6 +33,38 @@ img { max-width: 100%; } figure { margin: 1em 0; } figcaption, .note { color: #5
 .verdict { border-left: 4px solid #0072b2; padding: 0.5em 1em 0.5em 2em; background: #f4f8fb; }
 """
 
+COLUMNS = {
+    "accuracy": "Accuracy (%)",
+    "k_min": "Min(K)",
+    "k_median": "Median(K)",
+    "k_max": "Max(K)",
+    "deletion_auc": "AUC (lower is better)",
+    "random_auc": "AUC, random order",
+    "insertion_auc": "Insertion AUC (higher is better)",
+}
+# Where the paper gives an AUC: what it says, and of which run of ours it speaks.
+PAPER = {
+    "mnist": "The paper, on MNIST after 100 epochs: AUC 36.35 for standard training, 33.16 for SMOOT; K of SMOOT 234 / "
+    "388 / 544 (minimum / median / maximum of 784 pixels). One run each, and not every part of its convention is "
+    "stated: differences between methods compare better than the numbers themselves."
+}
+_CAPTIONS = {
+    "curves": (
+        "Deletion curves",
+        "Images still classified as their label after the most salient positions were replaced. Lines: mean over the "
+        "seeds, bands: one standard deviation over the seeds. Dashed: the same models, positions in random order, the "
+        "control. Each panel is one convention; numbers of different panels do not compare.",
+    ),
+    "saliency": (
+        "Saliency of the three methods on the same images",
+        "The first test image of each class; below it the magnitude of the gradient of the label's logit.",
+    ),
+    "k": (
+        "K over the epochs",
+        "How many training images have which K (number of masked pixels) after each epoch of SMOOT.",
+    ),
+}
+
 
 def write_report(
     path: Path,
@@ -114,39 +146,6 @@ def _text(value: Any) -> str:
     return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
-COLUMNS = {
-    "accuracy": "Accuracy (%)",
-    "k_min": "Min(K)",
-    "k_median": "Median(K)",
-    "k_max": "Max(K)",
-    "deletion_auc": "AUC (lower is better)",
-    "random_auc": "AUC, random order",
-    "insertion_auc": "Insertion AUC (higher is better)",
-}
-# Where the paper gives an AUC: what it says, and of which run of ours it speaks.
-PAPER = {
-    "mnist": "The paper, on MNIST after 100 epochs: AUC 36.35 for standard training, 33.16 for SMOOT; K of SMOOT 234 / "
-    "388 / 544 (minimum / median / maximum of 784 pixels). One run each, and not every part of its convention is "
-    "stated: differences between methods compare better than the numbers themselves."
-}
-_CAPTIONS = {
-    "curves": (
-        "Deletion curves",
-        "Images still classified as their label after the most salient positions were replaced. Lines: mean over the "
-        "seeds, bands: one standard deviation over the seeds. Dashed: the same models, positions in random order, the "
-        "control. Each panel is one convention; numbers of different panels do not compare.",
-    ),
-    "saliency": (
-        "Saliency of the three methods on the same images",
-        "The first test image of each class; below it the magnitude of the gradient of the label's logit.",
-    ),
-    "k": (
-        "K over the epochs",
-        "How many training images have which K (number of masked pixels) after each epoch of SMOOT.",
-    ),
-}
-
-
 def comparison_results(
     settings: Mapping[str, Any],
     panels: Mapping[Convention, Measured],
@@ -215,19 +214,15 @@ def _preset(row: Row) -> str:
 def _main_table(rows: Sequence[Row]) -> str:
     groups: dict[str, list[list[str]]] = {}
     for row in rows:
-        cells = [_value(row.metrics[name]) if name in row.metrics else "–" for name in COLUMNS]
+        # n has a column of its own.
+        cells = [row.metrics[name].format_value() if name in row.metrics else "–" for name in COLUMNS]
         heading = "" if row.convention is None else str(row.convention["description"])
         groups.setdefault(heading, []).append([row.name, str(row.metrics["deletion_auc"].n), *cells])
     return html_table(["", "n", *COLUMNS.values()], groups)
 
 
 def _difference(verdict: Verdict) -> tuple[str, str, str]:
-    return f"{verdict.first} minus {verdict.second}", _value(verdict.measurement), str(len(verdict.by_seed))
-
-
-def _value(measurement: Measurement) -> str:
-    """Mean and spread; n has a column of its own."""
-    return measurement.format().rsplit(" (n=", 1)[0]
+    return f"{verdict.first} minus {verdict.second}", verdict.measurement.format_value(), str(len(verdict.by_seed))
 
 
 def conclusion(verdicts: Mapping[Convention, Sequence[Verdict]]) -> list[str]:
@@ -242,8 +237,8 @@ def conclusion(verdicts: Mapping[Convention, Sequence[Verdict]]) -> list[str]:
             sentences.append(
                 f"Is SMOOT's AUC lower than that of {second} beyond the noise of {len(known[0].by_seed)} seeds? Under "
                 f"{count['lower']} of {len(known)} conventions it is lower, under {count['higher']} higher, under "
-                f"{same} not to be told apart. By the first convention of the table: {_value(known[0].measurement)}, "
-                f"95 % interval {known[0].interval_text}."
+                f"{same} not to be told apart. By the first convention of the table: "
+                f"{known[0].measurement.format_value()}, 95 % interval {known[0].interval_text}."
             )
     return sentences or ["One seed each, or no seed in common: nothing can be said about the methods."]
 

@@ -20,6 +20,7 @@ from ..training.mask_budget_file import MASK_BUDGET_NAME
 from .flags import METHODS, RecipeArguments
 
 RECORD_NAME = "run.json"
+HISTORY_NAME = "k_history.json"
 
 # What is looked at after training.
 _NO_SETTINGS = ("max_eval_samples", "card_samples")
@@ -265,9 +266,6 @@ class Run(NamedTuple):
 
     folder: Path
     record: RunRecord
-
-
-HISTORY_NAME = "k_history.json"
 
 
 @dataclass

@@ -3,10 +3,8 @@
 import json
 import shutil
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from modulefinder import ModuleFinder
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +19,19 @@ from ..markup import markdown_text
 from .checkpoint import read_checkpoint, saved_model
 from .page import Example, make_page
 
-ROOT = Path(__file__).parent.parent
-# What brings everything else that a page needs.
-_FIRST_MODULE = "space"
+PACKAGE = Path(__file__).parents[1]
+# What a wheel takes along beside the modules; as in pyproject.toml, which is not installed.
+PACKAGE_DATA = ("py.typed", "*.pyi", "evaluation/metrics/*/*.py", "evaluation/metrics/*/README.md")
 _METADATA = "metadata.jsonl"
 
-_APP = '''"""Serves the page; written by recipes/demo.py."""
+_APP = '''"""Serves the page; written by `smoot-hf demo --space`."""
 
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "recipes")]
+from smoot_hf.experiments.page import launch_settings
+from smoot_hf.experiments.space import read_page
 
-from page import launch_settings  # noqa: E402
-from space import read_page  # noqa: E402
-
-demo = read_page(HERE)
+demo = read_page(Path(__file__).parent)
 
 if __name__ == "__main__":
     demo.launch(**launch_settings())
@@ -53,7 +47,7 @@ tags: [smoot, saliency, interpretability, image-classification]
 ---
 
 Saliency maps of {names}, and what is left of their predictions as the most salient pixels are removed.
-Written by `recipes/demo.py` of smoot_hf; the models are in `checkpoints`, the example images in `examples`.
+Written by `smoot-hf demo --space`; the models are in `checkpoints`, the example images in `examples`.
 """
 
 
@@ -67,7 +61,7 @@ def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence
 
     Raises:
         ValueError: the folder holds something.
-        ImportError: without gradio, whose version the Space names.
+        ImportError: without gradio, or another package whose version the Space names.
     """
     try:
         import gradio
@@ -88,11 +82,11 @@ def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence
         lines.append(json.dumps({"file_name": file_name, "label": label}) + "\n")
     (folder / "examples" / _METADATA).write_text("".join(lines), encoding="utf-8")
     (folder / "order.json").write_text(json.dumps(list(checkpoints)) + "\n", encoding="utf-8")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    for file in [*package_files(project), *page_files()]:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / file, folder / file)
-    (folder / "requirements.txt").write_text("\n".join(requirements(project)) + "\n", encoding="utf-8")
+    for file in package_files():
+        copy = folder / PACKAGE.name / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE / file, copy)
+    (folder / "requirements.txt").write_text("\n".join(installed_requirements()) + "\n", encoding="utf-8")
     (folder / "app.py").write_text(_APP, encoding="utf-8")
     # A Space's own default is older than this package allows.
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -101,30 +95,28 @@ def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def package_files(project: Mapping[str, Any]) -> list[Path]:
-    """What an installed `smoot_hf` consists of, by `pyproject.toml`: paths from the repository's root."""
-    settings = project["tool"]["setuptools"]
-    folders = {name: ROOT / name.replace(".", "/") for name in settings["packages"]}
-    patterns = [(name, "*.py") for name in folders]
-    patterns += [(name, pattern) for name, several in settings["package-data"].items() for pattern in several]
-    found = {file for name, pattern in patterns for file in folders[name].glob(pattern)}
-    return sorted(file.relative_to(ROOT) for file in found)
+def package_files() -> list[Path]:
+    """What a wheel of this package holds, as it lies on this disk: paths from the folder of the package."""
+    modules = {file for folder in _packages(PACKAGE) for file in folder.glob("*.py")}
+    data = {file for pattern in PACKAGE_DATA for file in PACKAGE.glob(pattern)}
+    return sorted(file.relative_to(PACKAGE) for file in modules | data)
 
 
-def page_files() -> list[Path]:
-    """The recipes that a page imports, and they alone: whatever else lies in their folder is nobody's business."""
-    recipes = Path(__file__).parent
-    finder = ModuleFinder(path=[str(recipes)])
-    finder.import_hook(_FIRST_MODULE)
-    # Modules that are built into Python have no file.
-    files = [getattr(module, "__file__", None) for module in finder.modules.values()]
-    return sorted(Path(file).relative_to(ROOT) for file in files if file is not None)
+def _packages(folder: Path) -> list[Path]:
+    """A package and all packages inside it; another folder may hold anything."""
+    inner = [file.parent for file in folder.glob("*/__init__.py")]
+    return [folder, *(package for one in inner for package in _packages(one))]
 
 
-def requirements(project: Mapping[str, Any]) -> list[str]:
-    """The packages that the code needs, in the versions installed here, with which the page was tried."""
-    needed = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["recipes"]]
-    names = [Requirement(text).name for text in needed]
+def installed_requirements() -> list[str]:
+    """The packages that the code needs, in the versions installed here, with which the page was tried.
+
+    Raises:
+        ImportError: this package, or one of those that it needs, is not installed.
+    """
+    needed = [Requirement(text) for text in requires("smoot-hf") or []]
+    # Those without a condition, and those of the digits and the figures.
+    names = [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": "recipes"})]
     # Without what only names the build, as in 2.11.0+cpu.
     return [f"{name}=={Version(version(name)).public}" for name in names]
 

@@ -1,6 +1,5 @@
 """A training run: data, model, trainer, and at its end the card and the push."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,11 @@ from .arguments import make_parser, parse
 from .flags import RecipeArguments
 from .run import RecordBudget, RunRecord, SaveRecord
 
+logger = logging.get_logger(__name__)
+
+# The two fills of the tables: the fill moves the AUC as much as a training method does.
+_FILLS: tuple[Fill, ...] = ("corner", "mean")
+
 
 class Task(NamedTuple):
     """Everything that a trainer is built from."""
@@ -38,21 +42,10 @@ class Task(NamedTuple):
     test: DecodedImages
 
 
-def main(defaults: Mapping[str, Any] | None = None, argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Run a recipe: train, evaluate, save, report.
-
-    What a user can get wrong ends the process with one line on stderr: with exit code 2 before training starts, with 1
-    from then on (a sample that cannot be used, a full disk, a Hub that does not answer).
-
-    Args:
-        defaults: values of flags that differ from those of this script.
-        argv: the command line; default: that of the process.
-
-    Returns:
-        The metrics of the final evaluation.
-    """
-    parser = make_parser(defaults or {}, __doc__.split("\n\n")[0])
-    args, recipe = parse(parser, sys.argv[1:] if argv is None else list(argv))
+def main(defaults: Mapping[str, Any] | None, argv: Sequence[str]) -> dict[str, float]:
+    """As `train.main`, whose flags have been checked as far as that goes without the libraries."""
+    parser = make_parser(defaults or {}, __doc__)
+    args, recipe = parse(parser, list(argv))
     try:
         args.resume_from_checkpoint = checkpoint_to_resume(args)
         task = prepare(args, recipe)
@@ -233,12 +226,6 @@ def summary(
         lines["K min/median/max"] = f"{k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} pixels per training image"
     lines["model saved in"] = args.output_dir
     return "\n".join(["", *(f"  {name:<18}{value}" for name, value in lines.items())])
-
-
-logger = logging.get_logger(__name__)
-
-# The two fills of the tables: the fill moves the AUC as much as a training method does.
-_FILLS: tuple[Fill, ...] = ("corner", "mean")
 
 
 def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> None:

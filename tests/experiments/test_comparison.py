@@ -1,6 +1,5 @@
-"""The recipes of faithfulness: from the command to results.json, tables, figures and a report that stands alone."""
+"""Comparison and evaluation: from the command to results.json, tables, figures and a report that stands alone."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -23,9 +22,19 @@ from smoot_hf.evaluation.attributions import Method
 from smoot_hf.evaluation.convention import PRESETS
 from smoot_hf.evaluation.image_classes import ImageClasses
 from smoot_hf.evaluation.results import load_results
+from smoot_hf.experiments import (
+    checkpoint,
+    checkpoint_evaluation,
+    compare,
+    evaluate,
+    figures,
+    method_comparison,
+    run,
+    training_run,
+)
 from smoot_hf.functional.removal import Fill
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "200", "--max_eval_samples", "60"]
 COMPARE = ["--methods", "sgt", "smoot", "--seeds", "0", "1", "--num_train_epochs", "2", "--output", "out", *QUICK]
 QUANTILES = ["min", "lower_quartile", "median", "upper_quartile", "max"]
@@ -36,21 +45,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """A recipe by name, importable as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def compared(recipe, tmp_path_factory):
+def compared(tmp_path_factory):
     """The folder in which two methods with two seeds were compared."""
     folder = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        recipe("compare_methods").main(COMPARE)
+        compare.main(COMPARE)
     return folder
 
 
@@ -128,9 +129,9 @@ def test_history_of_k_ends_where_the_run_did(here):
         assert ends == {name: rows["smoot"].metrics[name].values[seed] for name in ends}
 
 
-def test_statistics_of_a_histogram(recipe):
+def test_statistics_of_a_histogram():
     """Fault: off by one in K or in the rank. By hand: K = 5, 5, 7, 7, 7, 8, 8, 8."""
-    history = recipe("budget_history").BudgetHistory(64, 4)
+    history = run.BudgetHistory(64, 4)
     history.add(1.0, [0, 2, 0, 3, 3])
     history.add(1.0, [0, 2, 0, 3, 3, 0])
     assert history.epochs == [1.0]
@@ -177,26 +178,26 @@ def test_table_has_a_control_and_two_fills(here):
     assert "smoot minus sgt" in table
 
 
-def test_seeds_differ_and_methods_of_one_seed_start_alike(here, recipe):
+def test_seeds_differ_and_methods_of_one_seed_start_alike(here):
     """Fault: initial weights that ignore the seed, which makes the spread over seeds too small."""
-    compare, train = recipe("compare_methods"), recipe("train")
     weights = {}
     for method, seed in (("smoot", 0), ("sgt", 0), ("smoot", 1)):
         options = compare.make_comparison_parser().parse_args(["--methods", method, "--seeds", str(seed)])
-        ((args, settings),) = recipe("method_runs").plan_runs(options, QUICK, Path("unused"))
-        weights[method, seed] = train.prepare(args, settings).model.hidden.weight
+        ((args, settings),) = method_comparison.plan_runs(options, QUICK, Path("unused"))
+        weights[method, seed] = training_run.prepare(args, settings).model.hidden.weight
     assert torch.equal(weights["smoot", 0], weights["sgt", 0])
     assert not torch.equal(weights["smoot", 0], weights["smoot", 1])
 
 
-def test_second_call_trains_nothing_and_an_unfinished_run_alone_goes_on(here, recipe, capsys, monkeypatch):
+def test_second_call_trains_nothing_and_an_unfinished_run_alone_goes_on(here, capsys, monkeypatch):
     """Fault: an hour of training repeated; a run that was cut off taken for a finished one, or started afresh."""
-    compare, runs = recipe("compare_methods"), recipe("method_runs")
     before = load_results("out/results.json")
     trained = []
-    train = runs.train
+    train = method_comparison.train
     monkeypatch.setattr(
-        runs, "train", lambda trainer, args, settings: trained.append(args) or train(trainer, args, settings)
+        method_comparison,
+        "train",
+        lambda trainer, args, settings: trained.append(args) or train(trainer, args, settings),
     )
     compare.main(COMPARE)
     assert trained == []
@@ -213,10 +214,10 @@ def test_second_call_trains_nothing_and_an_unfinished_run_alone_goes_on(here, re
     assert json.loads(record.read_text())["is_finished"]
 
 
-def test_finished_runs_of_elsewhere_are_compared(here, recipe):
+def test_finished_runs_of_elsewhere_are_compared(here):
     """Fault: --runs trains, or takes method and seed from nowhere."""
     folders = [f"out/runs/{name}" for name in ("sgt-seed0", "smoot-seed0")]
-    report = recipe("compare_methods").main(["--runs", *folders, "--output", "other", *QUICK])
+    report = compare.main(["--runs", *folders, "--output", "other", *QUICK])
     assert report == Path("other/report.html")
     first, other = (load_results(f"{name}/results.json") for name in ("out", "other"))
     assert not Path("other/runs").exists()
@@ -242,19 +243,19 @@ def test_finished_runs_of_elsewhere_are_compared(here, recipe):
         (["--dataset", "someone/something"], "--dataset takes a local directory"),
     ],
 )
-def test_bad_input_of_a_comparison_is_one_line(here, recipe, capsys, argv, message):
+def test_bad_input_of_a_comparison_is_one_line(here, capsys, argv, message):
     """Fault: a traceback, or a table of runs that cannot be compared."""
     Path("empty").mkdir(exist_ok=True)
-    assert message in error_of(capsys, recipe("compare_methods").main, [*QUICK, *argv])
+    assert message in error_of(capsys, compare.main, [*QUICK, *argv])
 
 
 # --- one checkpoint -------------------------------------------------------------------------------------------------
 
 
-def test_one_checkpoint_is_evaluated(here, recipe, capsys):
+def test_one_checkpoint_is_evaluated(here, capsys):
     """Fault: the recipe's number is not the comparison's for the same model and convention; a figure is missing."""
     argv = ["out/runs/sgt-seed0", "--dataset", "digits", "--max_eval_samples", "60", "--output", "one"]
-    recipe("evaluate_faithfulness").main([*argv, "--attribution", "gradient", "random", "--device", "cpu"])
+    evaluate.main([*argv, "--attribution", "gradient", "random", "--device", "cpu"])
     results, compared = load_results("one/results.json"), load_results("out/results.json")
     rows = {(row.name, row.convention["fill"]): row for row in results.rows}
     same = next(r for r in compared.rows if r.name == "sgt" and r.convention == rows["gradient", "mean"].convention)
@@ -278,7 +279,7 @@ def test_one_checkpoint_is_evaluated(here, recipe, capsys):
     assert f"| {auc:.2f} [{low:.2f}, {high:.2f}] |" in printed
 
 
-def test_the_example_of_class_two_is_one(recipe):
+def test_the_example_of_class_two_is_one():
     """Fault: the image of the largest rise is shown as class II though it rises to chance only.
 
     The first image rises from 0 to 0.09, below the chance of 0.1; the second, of class II, from 0.15 to 0.2.
@@ -300,21 +301,21 @@ def test_the_example_of_class_two_is_one(recipe):
         def __getitem__(self, row):
             return {"pixel_values": torch.zeros(1, 2, 2), "labels": row}
 
-    shown = recipe("checkpoint_evaluation").examples(found, Images())
+    shown = checkpoint_evaluation.examples(found, Images())
     assert [(name, example.row) for name, example in shown.items()] == [("Class II", 1)]
 
 
-def test_choices_are_those_of_the_library(recipe):
+def test_choices_are_those_of_the_library():
     """Fault: an attribution or a fill that the library has and the command refuses, or the other way round."""
-    module = recipe("evaluate_faithfulness")
+    module = evaluate
     assert tuple(PRESETS) == module.CONVENTIONS
     assert get_args(Method) == module.ATTRIBUTIONS
     assert get_args(Fill) == module.FILLS
 
 
-def test_bf16_reaches_every_measurement(here, recipe, monkeypatch):
+def test_bf16_reaches_every_measurement(here, monkeypatch):
     """Fault: a flag that curves, image classes or the check with random weights do not see."""
-    module, seen = recipe("checkpoint_evaluation"), {}
+    module, seen = checkpoint_evaluation, {}
 
     def watched(name):
         measure = getattr(module, name)
@@ -331,7 +332,7 @@ def test_bf16_reaches_every_measurement(here, recipe, monkeypatch):
     for name in ("evaluate_faithfulness", "find_image_classes", "randomized_weights_correlation"):
         monkeypatch.setattr(module, name, watched(name))
     argv = ["out/runs/sgt-seed0", "--dataset", "digits", "--max_eval_samples", "20", "--steps", "2", "--bf16"]
-    recipe("evaluate_faithfulness").main([*argv, "--output", "half", "--device", "cpu"])
+    evaluate.main([*argv, "--output", "half", "--device", "cpu"])
     assert load_results("half/results.json").settings["bf16"] is True
     assert len(seen) == 3
     for dtypes in seen.values():
@@ -343,9 +344,9 @@ MEASURING = ("evaluate_faithfulness", "find_image_classes", "randomized_weights_
 
 
 @pytest.fixture
-def measured(recipe, monkeypatch):
+def measured(monkeypatch):
     """The names of the functions that measured something, in order; `fail_at` ends the process at one of them."""
-    module = recipe("checkpoint_evaluation")
+    module = checkpoint_evaluation
     # Figures take longer than these measurements.
     monkeypatch.setattr(module, "try_to_draw", lambda *_: False)
 
@@ -369,9 +370,9 @@ def measured(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9])
-def test_an_evaluation_that_was_stopped_goes_on_where_it_was(here, recipe, measured, tmp_path, stop, capsys):
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(here, measured, tmp_path, stop, capsys):
     """Fault: ten minutes of measuring lost, or a resumed evaluation with other numbers than an undisturbed one."""
-    main, argv = recipe("evaluate_faithfulness").main, ["out/runs/sgt-seed0", *EVALUATE]
+    main, argv = evaluate.main, ["out/runs/sgt-seed0", *EVALUATE]
     argv += ["--attribution", "gradient", "smooth_grad", "--output"]
     measured.fail_at = stop
     with pytest.raises(KeyboardInterrupt):
@@ -390,17 +391,18 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(here, recipe, measu
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_leaves_whole_measurements(here, recipe, tmp_path):
+def test_a_process_that_is_killed_leaves_whole_measurements(here, tmp_path):
     """Fault: a part of a file, taken for a measurement."""
     command = [
         sys.executable,
-        str(FOLDER / "evaluate_faithfulness.py"),
+        "-m",
+        "smoot_hf.experiments.evaluate",
         "out/runs/sgt-seed0",
         "--output",
         str(tmp_path),
     ]
     slow = ["--attribution", "gradient", "integrated_gradients", "--dataset", "digits", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "HF_DATASETS_CACHE": str(here / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(here / "cache")}
     process = subprocess.Popen([*command, *slow], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder, until = tmp_path / "measurements", time.monotonic() + 120
     while not list(folder.glob("*.pt")) and time.monotonic() < until:
@@ -410,7 +412,7 @@ def test_a_process_that_is_killed_leaves_whole_measurements(here, recipe, tmp_pa
     found = list(folder.glob("*.pt"))
     assert found
     for path in found:
-        with torch.serialization.safe_globals(recipe("saved_measurements")._CLASSES):
+        with torch.serialization.safe_globals(checkpoint_evaluation._CLASSES):
             assert {"identity", "measured"} == torch.load(path, weights_only=True).keys()
 
 
@@ -444,15 +446,15 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_measurements_of_anything_else_are_not_taken_for_these(here, recipe, measured, tmp_path, monkeypatch, other):
+def test_measurements_of_anything_else_are_not_taken_for_these(here, measured, tmp_path, monkeypatch, other):
     """Fault: numbers of another model, data set or convention in the table, since their files lie in the folder."""
-    main = recipe("evaluate_faithfulness").main
+    main = evaluate.main
     main(["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path / "one")])
     assert measured == ["find_image_classes", *["evaluate_faithfulness"] * 2, "find_image_classes", MEASURING[2]]
     measured.clear()
     argv = OTHERS[other](tmp_path)
     if other == "version":
-        module = recipe("checkpoint_evaluation")
+        module = checkpoint_evaluation
         known = module.describe_environment("cpu")
         monkeypatch.setattr(module, "describe_environment", lambda _: {**known, "torch": "2.11.0"})
     main([*argv, "--output", str(tmp_path / "one")])
@@ -460,9 +462,9 @@ def test_measurements_of_anything_else_are_not_taken_for_these(here, recipe, mea
     assert len(measured) == (4 if other == "steps" else 5)
 
 
-def test_the_same_checkpoint_in_another_folder_is_the_same(here, recipe, measured, tmp_path):
+def test_the_same_checkpoint_in_another_folder_is_the_same(here, measured, tmp_path):
     """Fault: a checkpoint told by its path."""
-    main = recipe("evaluate_faithfulness").main
+    main = evaluate.main
     main(["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path / "one")])
     measured.clear()
     shutil.copytree("out/runs/sgt-seed0", tmp_path / "moved")
@@ -470,9 +472,9 @@ def test_the_same_checkpoint_in_another_folder_is_the_same(here, recipe, measure
     assert measured == []
 
 
-def test_a_damaged_or_crafted_measurement_is_one_line(here, recipe, tmp_path, capsys):
+def test_a_damaged_or_crafted_measurement_is_one_line(here, tmp_path, capsys):
     """Fault: a traceback, or code in a file that is run when it is read."""
-    main, argv = recipe("evaluate_faithfulness").main, ["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path)]
+    main, argv = evaluate.main, ["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path)]
     main(argv)
     files = sorted((tmp_path / "measurements").iterdir())
     path, whole = files[0], files[0].read_bytes()
@@ -484,21 +486,21 @@ def test_a_damaged_or_crafted_measurement_is_one_line(here, recipe, tmp_path, ca
     assert "holds another measurement than its name says" in error_of(capsys, main, argv)
 
 
-def test_few_images_are_not_paid_with_the_decoding_of_all(here, recipe, monkeypatch):
+def test_few_images_are_not_paid_with_the_decoding_of_all(here, monkeypatch):
     """Fault: 50,000 training images decoded to look at 24 test images."""
     seen = []
-    for name in ("checkpoint_evaluation", "checkpoints"):
-        decode = recipe(name).decode_images
-        watched = lambda splits, decode=decode, **options: seen.append(dict(splits)) or decode(splits, **options)  # noqa: E731
-        monkeypatch.setattr(recipe(name), "decode_images", watched)
-    options = recipe("evaluate_faithfulness").make_parser().parse_args(["x", *EVALUATE, "--max_eval_samples", "24"])
-    images = recipe("checkpoint_evaluation").load_test_images(options)
-    of_the_run = recipe("checkpoints").recorded_images(Path("out/runs/sgt-seed0"), "test")
+    decode = training_run.decode_images
+    monkeypatch.setattr(
+        training_run, "decode_images", lambda splits, **how: seen.append(dict(splits)) or decode(splits, **how)
+    )
+    options = evaluate.make_parser().parse_args(["x", *EVALUATE, "--max_eval_samples", "24"])
+    images = checkpoint_evaluation.load_test_images(options)
+    of_the_run = checkpoint.recorded_images(Path("out/runs/sgt-seed0"), "test")
     assert (len(images), len(of_the_run)) == (24, 360)
     assert [(len(splits["train"]), len(splits["test"])) for splits in seen] == [(1, 24), (1, 360)]
 
 
-def test_numbers_are_there_when_a_figure_cannot_be_drawn(here, recipe, tmp_path, monkeypatch, caplog):
+def test_numbers_are_there_when_a_figure_cannot_be_drawn(here, tmp_path, monkeypatch, caplog):
     """Fault: hours of measuring end in a traceback of matplotlib, before anything is written; an old figure stays."""
     (tmp_path / "curves_gradient.png").write_bytes(PNG)
 
@@ -507,9 +509,9 @@ def test_numbers_are_there_when_a_figure_cannot_be_drawn(here, recipe, tmp_path,
         assert (tmp_path / "table.md").is_file()
         raise RuntimeError("no such font")
 
-    monkeypatch.setattr(recipe("checkpoint_evaluation"), "draw_curves", fail)
-    monkeypatch.setattr(recipe("checkpoint_evaluation"), "examples", lambda *_: {})
-    recipe("evaluate_faithfulness").main(["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path)])
+    monkeypatch.setattr(checkpoint_evaluation, "draw_curves", fail)
+    monkeypatch.setattr(checkpoint_evaluation, "examples", lambda *_: {})
+    evaluate.main(["out/runs/sgt-seed0", *EVALUATE, "--output", str(tmp_path)])
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [message.split(": ", 1)[1] for message in warned if "is not drawn" in message] == [
         "no such font",
@@ -518,36 +520,34 @@ def test_numbers_are_there_when_a_figure_cannot_be_drawn(here, recipe, tmp_path,
     assert not (tmp_path / "curves_gradient.png").exists()
 
 
-def test_a_report_lacks_the_figure_that_cannot_be_drawn(here, recipe, monkeypatch, caplog):
+def test_a_report_lacks_the_figure_that_cannot_be_drawn(here, monkeypatch, caplog):
     """Fault: a comparison without a table, since a saliency grid could not be drawn."""
 
     def fail(*_):
         assert Path("lacking/table.md").is_file()
         raise ValueError("no image of a class")
 
-    monkeypatch.setattr(recipe("method_comparison"), "draw_saliency_grid", fail)
+    monkeypatch.setattr(method_comparison, "draw_saliency_grid", fail)
     folders = [f"out/runs/{name}" for name in ("sgt-seed0", "smoot-seed0")]
-    report = recipe("compare_methods").main(["--runs", *folders, "--output", "lacking", *QUICK])
+    report = compare.main(["--runs", *folders, "--output", "lacking", *QUICK])
     assert len(Links(report.read_text()).links) == 2
     assert "saliency.png is not drawn: no image of a class" in caplog.text
 
 
-def test_a_grid_of_one_class_is_drawn(recipe, tmp_path):
+def test_a_grid_of_one_class_is_drawn(tmp_path):
     """Fault: a test set of a single class ends in an error of an array's indices."""
-    recipe("figures").draw_saliency_grid(
-        torch.rand(1, 8, 8, 1), ["a"], {"sgt": torch.rand(1, 8, 8)}, 0, tmp_path / "g.png"
-    )
+    figures.draw_saliency_grid(torch.rand(1, 8, 8, 1), ["a"], {"sgt": torch.rand(1, 8, 8)}, 0, tmp_path / "g.png")
     assert (tmp_path / "g.png").read_bytes().startswith(PNG)
 
 
-def test_a_crafted_run_ends_a_comparison_with_one_line_before_training(here, recipe, tmp_path, capsys):
+def test_a_crafted_run_ends_a_comparison_with_one_line_before_training(here, tmp_path, capsys):
     """Fault: a run of somebody else's whose record or history of K is taken as it is, or fails after the evaluation."""
     for name, message in (("run.json", "method must be one of"), ("k_history.json", "must hold an object")):
         run = tmp_path / name.partition(".")[0] / "smoot-seed0"
         shutil.copytree("out/runs/smoot-seed0", run)
         content = json.loads((run / name).read_text())
         (run / name).write_text(json.dumps({**content, "method": "../../outside"}))
-        assert message in error_of(capsys, recipe("compare_methods").main, ["--runs", str(run), *QUICK])
+        assert message in error_of(capsys, compare.main, ["--runs", str(run), *QUICK])
 
 
 @pytest.mark.parametrize(
@@ -561,8 +561,8 @@ def test_a_crafted_run_ends_a_comparison_with_one_line_before_training(here, rec
         (["empty"], "cannot load the checkpoint 'empty'"),
     ],
 )
-def test_bad_input_of_an_evaluation_is_one_line(here, recipe, capsys, argv, message):
+def test_bad_input_of_an_evaluation_is_one_line(here, capsys, argv, message):
     """Fault: a traceback, or a number for what cannot be measured."""
     Path("empty").mkdir(exist_ok=True)
     rest = ["--dataset", "digits", "--max_eval_samples", "60", "--device", "cpu", "--output", "bad"]
-    assert message in error_of(capsys, recipe("evaluate_faithfulness").main, [*argv, *rest])
+    assert message in error_of(capsys, evaluate.main, [*argv, *rest])

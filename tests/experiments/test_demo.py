@@ -7,7 +7,7 @@ install chromium`), or one on the PATH. Without any, the test in the browser alo
 import base64
 import dataclasses
 import gc
-import importlib
+import html
 import io
 import json
 import os
@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 import warnings
 import zlib
 from importlib.metadata import version
@@ -27,45 +28,43 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from smoot_hf import InputPipeline, evaluate_faithfulness
+from smoot_hf.experiments import checkpoint, demo, explanation, train
+from smoot_hf.experiments import page as page_module
+from smoot_hf.experiments import space as space_module
+from smoot_hf.experiments.recipes import RECIPES
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "300", "--max_eval_samples", "20"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*")
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def comparison(recipe, tmp_path_factory):
-    """A folder as recipes/compare_methods.py leaves it: two methods on some digits."""
+def comparison(tmp_path_factory):
+    """A folder as `smoot-hf compare` leaves it: two methods on some digits."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         for method in ("smoot", "standard"):
             own = ["--method", method, "--output_dir", f"runs/{method}-seed0", "--num_train_epochs", "3"]
-            recipe("train").main(recipe("train_digits").DEFAULTS, argv=[*own, *QUICK])
+            train.main(RECIPES["digits"], argv=[*own, *QUICK])
         yield folder
 
 
 @pytest.fixture(scope="module")
-def test_images(recipe, comparison):
-    return recipe("checkpoints").recorded_images(comparison / "runs" / "smoot-seed0", "test")
+def test_images(comparison):
+    return checkpoint.recorded_images(comparison / "runs" / "smoot-seed0", "test")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(recipe, comparison, test_images):
-    names = recipe("checkpoints").named_checkpoints([str(comparison)])
-    return {name: recipe("checkpoints").load_checkpoint(path, test_images, "cpu") for name, path in names.items()}
+def checkpoints(comparison, test_images):
+    names = checkpoint.named_checkpoints([str(comparison)])
+    return {name: checkpoint.load_checkpoint(path, test_images, "cpu") for name, path in names.items()}
 
 
 # --- computation -------------------------------------------------------------------------------------------------
@@ -85,9 +84,8 @@ class Relabelled(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("fill", ["corner", "mean"])
-def test_curves_are_those_of_the_evaluation(recipe, checkpoints, test_images, fill):
+def test_curves_are_those_of_the_evaluation(checkpoints, test_images, fill):
     """Fault: another ranking, fill, class or fraction than the numbers of the tables rest on."""
-    explanation = recipe("explanation")
     rows = [0, 7, 30]
     convention = dataclasses.replace(explanation.CONVENTION, fill=fill)
     for model, pipeline in checkpoints.values():
@@ -101,9 +99,9 @@ def test_curves_are_those_of_the_evaluation(recipe, checkpoints, test_images, fi
         assert torch.equal(found[0].fractions, measured.fractions)
 
 
-def test_the_most_salient_pixels_go_first_and_only_they(recipe, checkpoints, test_images):
+def test_the_most_salient_pixels_go_first_and_only_they(checkpoints, test_images):
     """Fault: pictures of another step than the slider says, or in normalised units."""
-    explain = recipe("explanation").explain
+    explain = explanation.explain
     pixels = test_images[5]["pixel_values"]
     one = explain(checkpoints["smoot"], pixels)
     image = pixels.permute(1, 2, 0).numpy()
@@ -122,7 +120,7 @@ def test_the_most_salient_pixels_go_first_and_only_they(recipe, checkpoints, tes
     assert float(one.probability[0]) == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
 
 
-def test_a_nan_prediction_is_no_class(recipe):
+def test_a_nan_prediction_is_no_class():
     """Fault: a model whose outputs are NaN once nothing of the image is left, said to predict the first class."""
 
     class Standardising(torch.nn.Module):
@@ -132,19 +130,18 @@ def test_a_nan_prediction_is_no_class(recipe):
 
     pipeline = InputPipeline(mean=(0.5,), std=(0.25,))
     pixels = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4)
-    one = recipe("explanation").explain(recipe("checkpoints").Checkpoint(Standardising(), pipeline), pixels)
+    one = explanation.explain(checkpoint.Checkpoint(Standardising(), pipeline), pixels)
     assert one.classes.tolist()[-1] == -1
     assert -1 not in one.classes.tolist()[:-1]
     assert float(one.probability[-1]) == 0
     labels = ["zero", "one", "two"]
-    said = recipe("demo").verdict(one, labels, len(one.classes) - 1)
+    said = page_module.verdict(one, labels, len(one.classes) - 1)
     assert said.endswith("100 % removed: 0 %<br>now predicts <b>no class (NaN)</b>")
     assert f"<b>{labels[int(one.classes[0])]}</b>" in said
 
 
-def test_an_example_comes_back_from_the_page_unchanged(recipe):
+def test_an_example_comes_back_from_the_page_unchanged():
     """Fault: enlarging for the screen changes what the model sees."""
-    explanation = recipe("explanation")
     for channels in (1, 3):
         pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
         shown = explanation.enlarged(pixels.permute(1, 2, 0).numpy())
@@ -152,9 +149,9 @@ def test_an_example_comes_back_from_the_page_unchanged(recipe):
         assert torch.equal(explanation.as_pixels(shown, (channels, 5, 7)), pixels)
 
 
-def test_dropped_images_of_any_kind_become_what_the_models_know(recipe):
+def test_dropped_images_of_any_kind_become_what_the_models_know():
     """Fault: a squeezed, sideways or transposed picture, and 16 bits cut to white without a word."""
-    as_pixels = recipe("explanation").as_pixels
+    as_pixels = explanation.as_pixels
     left_half_red = Image.new("RGBA", (40, 20))  # the right half is transparent: the data's white shows
     left_half_red.paste((255, 0, 0, 255), (0, 0, 20, 20))
     square = as_pixels(left_half_red, (3, 8, 8))
@@ -171,9 +168,8 @@ def test_dropped_images_of_any_kind_become_what_the_models_know(recipe):
         as_pixels(Image.new("I;16", (8, 8)), (1, 8, 8))
 
 
-def test_the_curve_has_its_point_where_the_slider_is(recipe, checkpoints, test_images):
+def test_the_curve_has_its_point_where_the_slider_is(checkpoints, test_images):
     """Fault: the marker of one model on another's curve, or at the asked instead of the true fraction."""
-    explanation = recipe("explanation")
     found = {name: explanation.explain(one, test_images[3]["pixel_values"]) for name, one in checkpoints.items()}
     axes = explanation.draw_fall(found, dict.fromkeys(found, "black"), 6).axes[0]
     points = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "o"]
@@ -181,9 +177,9 @@ def test_the_curve_has_its_point_where_the_slider_is(recipe, checkpoints, test_i
     assert points == [pytest.approx(point) for point in expected]
 
 
-def test_checkpoints_are_called_by_their_method(recipe, comparison):
+def test_checkpoints_are_called_by_their_method(comparison):
     """Fault: maps under the name of another model; a comparison's runs in the order of a folder listing."""
-    named = recipe("checkpoints").named_checkpoints
+    named = checkpoint.named_checkpoints
     runs = [str(comparison / "runs" / name) for name in ("standard-seed0", "smoot-seed0")]
     assert named([str(comparison)]) == {"standard": runs[0], "smoot": runs[1]} == named(runs)
     assert list(named([str(comparison)])) == ["standard", "smoot"]
@@ -192,12 +188,12 @@ def test_checkpoints_are_called_by_their_method(recipe, comparison):
         named([runs[1], runs[1]])
 
 
-def test_a_folder_named_by_dots_is_called_by_its_own_name(recipe, comparison, tmp_path, monkeypatch):
+def test_a_folder_named_by_dots_is_called_by_its_own_name(comparison, tmp_path, monkeypatch):
     """Fault: models called "" or "..", which tells nobody anything."""
     (tmp_path / "a-model" / "inside").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a-model")
-    assert list(recipe("checkpoints").named_checkpoints(["."])) == ["a-model"]
-    assert list(recipe("checkpoints").named_checkpoints(["inside/.."])) == ["a-model"]
+    assert list(checkpoint.named_checkpoints(["."])) == ["a-model"]
+    assert list(checkpoint.named_checkpoints(["inside/.."])) == ["a-model"]
 
 
 def bomb(path, side):
@@ -215,19 +211,19 @@ def bomb(path, side):
 
 @pytest.mark.parametrize("side", [8000, 13000, 20000])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_small_file_of_very_many_pixels_is_refused_before_it_is_decoded(recipe, tmp_path, monkeypatch, side):
+def test_a_small_file_of_very_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch, side):
     """Fault: 20 KB that take a gigabyte of memory. Pillow warns from 89 million pixels and refuses from 179 million."""
     bomb(tmp_path / "bomb.png", side)
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("the pixels were decoded"))
     with pytest.raises(ValueError, match=r"50 million .*make it smaller first") as refused:
-        recipe("explanation").read_pixels(tmp_path / "bomb.png", (1, 8, 8))
+        explanation.read_pixels(tmp_path / "bomb.png", (1, 8, 8))
     assert "\n" not in str(refused.value)
 
 
-def test_files_that_are_no_images_are_one_error(recipe, tmp_path):
+def test_files_that_are_no_images_are_one_error(tmp_path):
     """Fault: a page that says "Error" and nothing else; a reader of Pillow's that starts another program."""
-    read_pixels = recipe("explanation").read_pixels
+    read_pixels = explanation.read_pixels
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
     for name in ("text.png", "drawing.eps"):
@@ -240,14 +236,14 @@ def test_files_that_are_no_images_are_one_error(recipe, tmp_path):
     assert torch.equal(read_pixels(tmp_path / "whole.png", (1, 8, 8)), torch.full((1, 8, 8), 200, dtype=torch.uint8))
 
 
-def test_what_cannot_be_shown_is_one_clear_error(recipe, comparison, capsys):
+def test_what_cannot_be_shown_is_one_clear_error(comparison, capsys):
     """Fault: a traceback for a misspelled folder."""
     for argv, message in (
         (["absent"], "absent has no run.json"),
         (["absent", "--dataset", "digits"], "cannot load the checkpoint 'absent'"),
     ):
         with pytest.raises(SystemExit) as stop:
-            recipe("demo").main(argv)
+            demo.main(argv)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
 
@@ -256,11 +252,11 @@ def test_what_cannot_be_shown_is_one_clear_error(recipe, comparison, capsys):
 
 
 @pytest.fixture(scope="module")
-def address(recipe, checkpoints, test_images):
+def address(checkpoints, test_images):
     """The page, served on the loopback address."""
     pytest.importorskip("gradio", reason="the page needs gradio: pip install 'smoot-hf[demo]'")
-    page = recipe("page").make_page(checkpoints, recipe("page").choose_examples(test_images))
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **recipe("page").launch_settings())
+    page = page_module.make_page(checkpoints, page_module.choose_examples(test_images))
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **page_module.launch_settings())
     yield url
     page.close(verbose=False)
     # The event loops of gradio's server and client leave their sockets to the collector, which warns of each.
@@ -270,26 +266,25 @@ def address(recipe, checkpoints, test_images):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_endpoints_give_what_was_computed(recipe, checkpoints, test_images, address, tmp_path):
+def test_endpoints_give_what_was_computed(checkpoints, test_images, address, tmp_path):
     """Fault: outputs in the wrong column, a slider that moves another image's curve, an upload that loses pixels."""
     from gradio_client import Client, handle_file
 
-    explanation, page = recipe("explanation"), recipe("page")
     pixels = test_images[9]["pixel_values"]
     explanation.enlarged(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "dropped.png")
     client = Client(address, verbose=False, download_files=str(tmp_path))
     for fill, removed in (("corner", 0), ("mean", 35)):
         shown = client.predict(handle_file(tmp_path / "dropped.png"), fill, removed, api_name="/explain")
-        check_columns(shown, explanation, page, checkpoints, pixels, fill, removed)
-    check_columns(client.predict(70, api_name="/show"), explanation, page, checkpoints, pixels, "mean", 70)
+        check_columns(shown, checkpoints, pixels, fill, removed)
+    check_columns(client.predict(70, api_name="/show"), checkpoints, pixels, "mean", 70)
 
 
-def check_columns(shown, explanation, page, checkpoints, pixels, fill, removed):
+def check_columns(shown, checkpoints, pixels, fill, removed):
     step = round(removed / 5)
-    for column, (name, checkpoint) in enumerate(checkpoints.items()):
-        one = explanation.explain(checkpoint, pixels, fill)
+    for column, (name, model) in enumerate(checkpoints.items()):
+        one = explanation.explain(model, pixels, fill)
         text, left, saliency = shown[3 * column : 3 * column + 3]
-        assert text == page.verdict(one, [str(digit) for digit in range(10)], step), name
+        assert text == page_module.verdict(one, [str(digit) for digit in range(10)], step), name
         for tag, picture in ((left, one.pictures[step]), (saliency, explanation.saliency_picture(one.attribution))):
             expected = np.asarray(explanation.enlarged(picture).convert("RGB"))
             assert np.array_equal(picture_in(tag), expected), name
@@ -303,21 +298,18 @@ def picture_in(tag):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_requests_leave_no_files_but_the_uploads_which_are_deleted(
-    recipe, checkpoints, test_images, tmp_path, monkeypatch
-):
+def test_requests_leave_no_files_but_the_uploads_which_are_deleted(checkpoints, test_images, tmp_path, monkeypatch):
     """Fault: a Space whose disk fills with every picture that it has ever shown."""
     pytest.importorskip("gradio", reason="the page needs gradio: pip install 'smoot-hf[demo]'")
     from gradio_client import Client, handle_file
 
-    module = recipe("page")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(module, "_OLD", 1)
-    monkeypatch.setattr(module, "_EVERY", 1)
-    page = module.make_page(checkpoints, recipe("page").choose_examples(test_images))
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **module.launch_settings())
+    monkeypatch.setattr(page_module, "_OLD", 1)
+    monkeypatch.setattr(page_module, "_EVERY", 1)
+    page = page_module.make_page(checkpoints, page_module.choose_examples(test_images))
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **page_module.launch_settings())
 
     def files():
         return {path for name in ("gradio", "temporary") for path in (tmp_path / name).rglob("*") if path.is_file()}
@@ -325,7 +317,7 @@ def test_requests_leave_no_files_but_the_uploads_which_are_deleted(
     client, before = Client(url, verbose=False), files()
     for row in range(12):
         path = tmp_path / f"{row}.png"
-        recipe("explanation").enlarged(test_images[row]["pixel_values"].permute(1, 2, 0).numpy()).save(path)
+        explanation.enlarged(test_images[row]["pixel_values"].permute(1, 2, 0).numpy()).save(path)
         for removed in (0, 50, 100):
             client.predict(handle_file(path), "corner", removed, api_name="/explain")
     until = time.monotonic() + 30
@@ -352,16 +344,14 @@ def test_an_upload_that_cannot_be_shown_is_one_line_on_the_page(address, tmp_pat
 
 
 @pytest.fixture
-def space(recipe, comparison, tmp_path):
+def space(comparison, tmp_path):
     pytest.importorskip("gradio", reason="a Space names the version of gradio")
-    recipe("demo").main([str(comparison), "--space", str(tmp_path / "space")])
+    demo.main([str(comparison), "--space", str(tmp_path / "space")])
     return tmp_path / "space"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_space_holds_models_examples_and_code(
-    recipe, comparison, space, checkpoints, test_images, monkeypatch, capsys
-):
+def test_a_space_holds_models_examples_and_code(comparison, space, checkpoints, test_images, monkeypatch, capsys):
     """Fault: another model or example than the page's, and a Space written over a folder in use."""
     readme = (space / "README.md").read_text()
     assert readme.startswith("---\n")
@@ -369,69 +359,68 @@ def test_a_space_holds_models_examples_and_code(
     assert (metadata["sdk"], metadata["app_file"]) == ("gradio", "app.py")
     # Left away, it is 3.10, which has neither typing.Self nor tomllib.
     assert metadata["python_version"] == "{}.{}".format(*sys.version_info)
-    assert {"app.py", "smoot_hf", "recipes", "checkpoints", "examples"} <= {path.name for path in space.iterdir()}
+    assert {"app.py", "smoot_hf", "checkpoints", "examples"} <= {path.name for path in space.iterdir()}
     read = []
-    monkeypatch.setattr(recipe("space"), "make_page", lambda *given: read.append(given))
-    recipe("space").read_page(space)
+    monkeypatch.setattr(space_module, "make_page", lambda *given: read.append(given))
+    space_module.read_page(space)
     models, examples = read[0]
     assert list(models) == list(checkpoints)
-    expected = recipe("page").choose_examples(test_images)
+    expected = page_module.choose_examples(test_images)
     assert [label for _, label in examples] == [label for _, label in expected]
-    explain = recipe("explanation").explain
+    explain = explanation.explain
     for (pixels, _), (theirs, _) in zip(examples, expected, strict=True):
         assert torch.equal(pixels, theirs)
     for name, model in models.items():
         assert torch.equal(explain(model, pixels).probability, explain(checkpoints[name], pixels).probability)
     with pytest.raises(SystemExit):
-        recipe("demo").main([str(comparison), "--space", str(space)])
+        demo.main([str(comparison), "--space", str(space)])
     assert "must be a folder that is new or empty" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_space_asks_for_the_versions_it_was_tried_with(space):
-    """Fault: a Space that stops working with the next release of a package."""
+    """Fault: a Space that stops working with the next release of a package, or that lacks one."""
     lines = (space / "requirements.txt").read_text().splitlines()
     assert f"transformers=={version('transformers')}" in lines
     assert {line.partition("==")[0] for line in lines} >= {"torch", "torchvision", "datasets", "timm", "matplotlib"}
     assert all(re.fullmatch(r"[\w-]+==[\d.]+[\w.]*", line) for line in lines)
 
 
-def test_a_space_takes_along_its_code_and_nothing_else(recipe, comparison, tmp_path, monkeypatch):
+def test_a_space_takes_along_its_code_and_nothing_else(comparison, tmp_path, monkeypatch):
     """Fault: keys in a .env file, notes and old runs that lie beside the code are published."""
     pytest.importorskip("gradio", reason="a Space names the version of gradio")
-    module, root = recipe("space"), tmp_path / "repository"
-    for name in ("smoot_hf", "recipes"):
-        shutil.copytree(module.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(module.ROOT / "pyproject.toml", root)
-    private = [
-        *(
-            "recipes/.env",
-            "recipes/runs/a/model.safetensors",
-            "recipes/notes.txt",
-            "recipes/my_keys.py",
-            "recipes/.git/x",
-        ),
-        *("smoot_hf/.env", "smoot_hf/notes.txt", "smoot_hf/functional/old.py~", "smoot_hf/runs/key.json", ".env"),
-    ]
+    root = tmp_path / "site-packages"
+    shutil.copytree(space_module.PACKAGE, root / "smoot_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    private = ["smoot_hf/.env", "smoot_hf/notes.txt", "smoot_hf/functional/old.py~", "smoot_hf/runs/key.json", ".env"]
+    private += ["smoot_hf/runs/keys.py", "smoot_hf/.git/x", "other/__init__.py", "smoot_hf/evaluation/metrics/notes.md"]
     for name in private:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("secret")
-    monkeypatch.setattr(module, "ROOT", root)
-    monkeypatch.setattr(module, "__file__", str(root / "recipes" / "space.py"))
-    recipe("demo").main([str(comparison), "--space", str(tmp_path / "space")])
+    monkeypatch.setattr(space_module, "PACKAGE", root / "smoot_hf")
+    demo.main([str(comparison), "--space", str(tmp_path / "space")])
     taken = {path for path in (tmp_path / "space").rglob("*") if path.is_file()}
     assert [
         path for path in taken if path.suffix not in (".json", ".safetensors") and b"secret" in path.read_bytes()
     ] == []
     assert {path.relative_to(tmp_path / "space").parts[0] for path in taken} == {
-        *("README.md", "app.py", "checkpoints", "examples", "order.json", "recipes", "requirements.txt", "smoot_hf"),
+        *("README.md", "app.py", "checkpoints", "examples", "order.json", "requirements.txt", "smoot_hf"),
     }
-    code = {str(path.relative_to(tmp_path / "space")) for path in taken if path.suffix == ".py"}
-    assert {"recipes/page.py", "recipes/space.py", "smoot_hf/functional/__init__.py", "app.py"} <= code
-    assert "recipes/demo.py" not in code
+    named = {str(path.relative_to(tmp_path / "space")) for path in taken}
+    assert {f"smoot_hf/{name}" for name in ("experiments/page.py", "functional/__init__.py", "__init__.pyi")} <= named
+
+
+def test_a_space_takes_what_a_wheel_takes():
+    """Fault: a file that `pip install` brings, such as a template, and a Space has not."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(settings["package-data"].pop("smoot_hf")) == sorted(space_module.PACKAGE_DATA)
+    assert settings["package-data"] == {}
+    taken = {str(path) for path in space_module.package_files()}
+    packages = [path.parent for path in (ROOT / "smoot_hf").rglob("__init__.py")]
+    assert taken >= {str(path.relative_to(ROOT / "smoot_hf")) for folder in packages for path in folder.glob("*.py")}
+    assert taken >= {"py.typed", "__init__.pyi", "evaluation/metrics/deletion_auc/deletion_auc.py"}
 
 
 @pytest.mark.parametrize("method", ["../../outside", "/tmp/outside", "..", "a/b"])
-def test_a_crafted_method_writes_nothing_outside_the_space(recipe, comparison, tmp_path, capsys, method):
+def test_a_crafted_method_writes_nothing_outside_the_space(comparison, tmp_path, capsys, method):
     """Fault: the method of a downloaded run.json is the name of the folder that the model is written to."""
     pytest.importorskip("gradio", reason="a Space names the version of gradio")
     run = tmp_path / "downloads" / "run"
@@ -440,19 +429,19 @@ def test_a_crafted_method_writes_nothing_outside_the_space(recipe, comparison, t
     (run / "run.json").write_text(json.dumps({**content, "method": method}))
     before = set(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        recipe("demo").main([str(run), "--space", str(tmp_path / "space")])
+        demo.main([str(run), "--space", str(tmp_path / "space")])
     assert stop.value.code == 2
     assert "method must be one of" in capsys.readouterr().err.splitlines()[-1]
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_any_name_of_a_model_stays_inside_the_space(recipe, comparison, test_images, tmp_path):
+def test_any_name_of_a_model_stays_inside_the_space(comparison, test_images, tmp_path):
     """Fault: a name that is a path, a heading, HTML or YAML."""
     pytest.importorskip("gradio", reason="a Space names the version of gradio")
     run = str(comparison / "runs" / "smoot-seed0")
     names = ["../../outside", "a\n# b", "<img src=x>", "[c](http://d)", "*e* `f` $g$ {h}", "ü"]
-    examples = recipe("page").choose_examples(test_images)[:1]
-    recipe("space").write_space(tmp_path / "space", dict.fromkeys(names, run), examples)
+    examples = page_module.choose_examples(test_images)[:1]
+    space_module.write_space(tmp_path / "space", dict.fromkeys(names, run), examples)
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
     assert sorted(path.name for path in (tmp_path / "space/checkpoints").iterdir()) == [f"0{i}" for i in range(6)]
     head, _, text = (tmp_path / "space/README.md").read_text().removeprefix("---\n").partition("---\n")
@@ -462,11 +451,10 @@ def test_any_name_of_a_model_stays_inside_the_space(recipe, comparison, test_ima
 
 
 def markdown_text(text):
-    """A paragraph's text where nothing has a meaning but a backslash before punctuation."""
-    unescaped = re.sub(r"\\([!-/:-@[-`{-~])", r"\1", text)
-    marks = re.sub(r"\\[!-/:-@[-`{-~]", "", text.partition(", and what")[0])
-    assert not re.search(r"[<>\[\]()*`$#{}]", marks)
-    return unescaped
+    """What a reader of Markdown sees as text: nothing in it may be a tag, a link or a heading."""
+    page = MarkdownIt("commonmark").render(text)
+    assert set(re.findall(r"<(/?\w+)", page)) <= {"p", "/p", "code", "/code"}
+    return html.unescape(re.sub(r"</?\w+>", "", page))
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -523,10 +511,9 @@ def browser():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_person_can_choose_drop_and_remove(recipe, checkpoints, test_images, address, browser, tmp_path):
+def test_a_person_can_choose_drop_and_remove(checkpoints, test_images, address, browser, tmp_path):
     """Fault: events that are not wired, a page that needs the network, a column that stays empty."""
-    explanation, texts = recipe("explanation"), recipe("page")
-    examples = recipe("page").choose_examples(test_images)
+    examples = page_module.choose_examples(test_images)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     asked = []
     page.on("request", lambda request: asked.append(request.url))
@@ -536,7 +523,7 @@ def test_a_person_can_choose_drop_and_remove(recipe, checkpoints, test_images, a
         labels = [str(digit) for digit in range(10)]
         found = [explanation.explain(checkpoint, pixels) for checkpoint in checkpoints.values()]
         for name, one in zip(checkpoints, found, strict=True):
-            text = texts.verdict(one, labels, round(removed / 5)).replace("<b>", "").replace("</b>", "")
+            text = page_module.verdict(one, labels, round(removed / 5)).replace("<b>", "").replace("</b>", "")
             page.wait_for_function(
                 "([id, text]) => document.getElementById(id)?.innerText.trim() === text",
                 arg=[f"verdict-{name}", text.replace("<br>", "\n")],

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from smoot_hf import MaskBudget
+from smoot_hf.experiments import checkpoint as checkpoint_module
+from smoot_hf.experiments import train
+from smoot_hf.experiments.recipes import RECIPES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "150", "--max_eval_samples", "20"]
@@ -23,12 +26,10 @@ def runs(tmp_path_factory):
     """A folder with a run of smoot on 150 digits, one with a single K for all of them, and one without K."""
     folder = tmp_path_factory.mktemp("budget")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
         patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        defaults = importlib.import_module("train_digits").DEFAULTS
         own = ["--output_dir", "smoot", "--num_train_epochs", "3"]
-        importlib.import_module("train").main(defaults, argv=[*own, *QUICK])
+        train.main(RECIPES["digits"], argv=[*own, *QUICK])
         shutil.copytree(next(Path("smoot").glob("checkpoint-*")), "bare")
         for method in ("standard", "sgt"):
             Path(method).mkdir()
@@ -39,7 +40,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def recipe(runs):
-    return importlib.import_module("draw_budget")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        return importlib.import_module("draw_budget")
 
 
 def a_budget(k):
@@ -101,9 +104,8 @@ def test_a_run_becomes_a_figure_and_a_table(runs, recipe, capsys):
     assert min(int(line[2]) for line in lines) == budget.statistics()["k_min"]
     assert max(int(line[4]) for line in lines) == budget.statistics()["k_max"]
     # One of its checkpoints serves as well.
-    checkpoints = importlib.import_module("checkpoints")
-    images = checkpoints.recorded_images(checkpoint, "train")
-    assert torch.equal(checkpoints.load_budget(checkpoint, images).k, budget.k)
+    images = checkpoint_module.recorded_images(checkpoint, "train")
+    assert torch.equal(checkpoint_module.load_budget(checkpoint, images).k, budget.k)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""The recipes: their settings, their command line, and a run from the command to the saved model."""
+"""The commands and the recipes: their settings, their command line, and a run from the command to the saved model."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -16,26 +15,37 @@ from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, TrainingArguments
 
+import smoot_hf
 from smoot_hf import MaskBudget, SmootTrainer, SmootTrainingArguments
 from smoot_hf.data.dataset import load_image_dataset
+from smoot_hf.experiments import (
+    arguments,
+    checkpoint,
+    checkpoint_evaluation,
+    compare,
+    evaluate,
+    flags,
+    train,
+    training_run,
+)
+from smoot_hf.experiments.command import SUBCOMMANDS
+from smoot_hf.experiments.recipes import RECIPES
+from smoot_hf.experiments.run import settings_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-NAMES = sorted(path.stem for path in FOLDER.glob("train_*.py"))
+NAMES = sorted(path.stem.removeprefix("train_") for path in FOLDER.glob("train_*.py"))
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "200", "--max_eval_samples", "100"]
 
 
 @pytest.fixture(autouse=True)
-def recipes(monkeypatch, tmp_path):
-    """As when a recipe is run: its folder is importable, and `runs/` is in the current directory."""
-    monkeypatch.syspath_prepend(FOLDER)
+def here(monkeypatch, tmp_path):
+    """As when a command is run: `runs/` is in the current directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def parse(recipe, *argv):
-    command_line = importlib.import_module("command_line")
-    defaults = getattr(importlib.import_module(recipe), "DEFAULTS", {}) if recipe != "train" else {}
-    return command_line.parse(command_line.make_parser(defaults, "help"), list(argv))
+    return arguments.parse(arguments.make_parser(RECIPES[recipe] if recipe else {}, "help"), list(argv))
 
 
 def one_line(capsys):
@@ -45,27 +55,24 @@ def one_line(capsys):
 
 
 def run(recipe, *argv):
-    module = importlib.import_module(recipe)
-    return importlib.import_module("train").main(module.DEFAULTS, argv=[*argv, *QUICK])
+    return train.main(RECIPES[recipe], argv=[*argv, *QUICK])
 
 
 def test_there_is_a_recipe_for_every_data_set():
     """Fault: the tests below find nothing to test."""
-    assert NAMES == ["train_cifar10", "train_cifar100", "train_digits", "train_fashion_mnist", "train_mnist"]
+    assert NAMES == sorted(RECIPES) == ["cifar10", "cifar100", "digits", "fashion_mnist", "mnist"]
 
 
 def test_nan_logits_are_wrong():
     """Fault: the argmax of NaN, 0, that is right for the images of class 0 in a run that has diverged."""
-    accuracy = importlib.import_module("train").accuracy
     logits = np.array([[np.nan, np.nan], [2.0, np.nan], [2.0, 1.0], [1.0, 2.0]], dtype=np.float32)
-    assert accuracy(EvalPrediction(logits, np.array([0, 0, 0, 0]))) == {"accuracy": 0.25}
+    assert training_run.accuracy(EvalPrediction(logits, np.array([0, 0, 0, 0]))) == {"accuracy": 0.25}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_defaults_are_flags(name):
     """Fault: a misspelled default, which argparse takes without a word."""
-    command_line = importlib.import_module("command_line")
-    defaults = {**command_line.DEFAULTS, **importlib.import_module(name).DEFAULTS}
+    defaults = {**arguments.DEFAULTS, **RECIPES[name]}
     args, recipe = parse(name)
     for key, value in defaults.items():
         if key not in ("output_dir", "report_to"):
@@ -76,10 +83,10 @@ def test_defaults_are_flags(name):
 @pytest.mark.parametrize(
     ("name", "learning_rate", "alpha", "model"),
     [
-        ("train_mnist", 1.0, 0.95, "cnn"),
-        ("train_fashion_mnist", 1.0, 0.95, "cnn"),
-        ("train_cifar10", 0.001, 0.8, "deit-tiny"),
-        ("train_cifar100", 0.001, 0.8, "deit-tiny"),
+        ("mnist", 1.0, 0.95, "cnn"),
+        ("fashion_mnist", 1.0, 0.95, "cnn"),
+        ("cifar10", 0.001, 0.8, "deit-tiny"),
+        ("cifar100", 0.001, 0.8, "deit-tiny"),
     ],
 )
 def test_settings_are_the_papers(name, learning_rate, alpha, model):
@@ -105,21 +112,21 @@ def test_flags_override_the_configuration_file_and_it_the_recipe(tmp_path, as_fi
     text = {"yaml": "alpha: 5e-1\ntop_n: 3\nhorizontal_flip: true\nmodel: null\n", "json": '{"alpha": 0.5, "top_n": 3}'}
     path.write_text(text[suffix])
     argv = [str(path)] if as_first else ["--config", str(path)]
-    args, recipe = parse("train_mnist", *argv, "--top_n", "4")
+    args, recipe = parse("mnist", *argv, "--top_n", "4")
     assert (args.alpha, args.top_n, recipe.model) == (0.5, 4, "cnn")
     assert recipe.horizontal_flip == (suffix == "yaml")
 
 
 def test_output_directory_names_the_run():
     """Fault: runs that overwrite each other."""
-    assert parse("train_mnist")[0].output_dir == "runs/mnist-cnn-smoot"
-    assert parse("train_cifar10", "--method", "sgt", "--dataset", "/data/cifar/")[0].output_dir == (
+    assert parse("mnist")[0].output_dir == "runs/mnist-cnn-smoot"
+    assert parse("cifar10", "--method", "sgt", "--dataset", "/data/cifar/")[0].output_dir == (
         "runs/cifar-deit-tiny-sgt"
     )
-    assert parse("train_mnist", "--output_dir", "here")[0].output_dir == "here"
+    assert parse("mnist", "--output_dir", "here")[0].output_dir == "here"
     # Seeds are runs of their own; the default one needs no mention.
-    assert parse("train_mnist", "--seed", "7")[0].output_dir == "runs/mnist-cnn-smoot-seed7"
-    assert parse("train_mnist", "--seed", "42")[0].output_dir == "runs/mnist-cnn-smoot"
+    assert parse("mnist", "--seed", "7")[0].output_dir == "runs/mnist-cnn-smoot-seed7"
+    assert parse("mnist", "--seed", "42")[0].output_dir == "runs/mnist-cnn-smoot"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +146,7 @@ def test_a_wrong_command_line_is_one_line(argv, message, capsys):
     Path("wrong.yaml").write_text("datset: digits\n")
     Path("list.yaml").write_text("- 1\n")
     with pytest.raises(SystemExit) as stop:
-        parse("train_digits", *argv)
+        parse("digits", *argv)
     assert stop.value.code == 2
     assert message in one_line(capsys)
 
@@ -158,25 +165,24 @@ def test_a_wrong_command_line_is_one_line(argv, message, capsys):
 )
 def test_wrong_data_or_model_are_one_line(argv, message, capsys):
     """Fault: a traceback where the network or a name is missing."""
-    main = importlib.import_module("train").main
     with pytest.raises(SystemExit) as stop:
-        main({"dataset": "digits"}, argv=[*argv, "--use_cpu"])
+        train.main({"dataset": "digits"}, argv=[*argv, "--use_cpu"])
     assert stop.value.code == 2
     assert message in one_line(capsys)
 
 
 def test_help_explains_every_flag(capsys):
     """Fault: a flag without help."""
-    parser = importlib.import_module("command_line").make_parser({}, "help")
+    parser = arguments.make_parser({}, "help")
     unexplained = [a.dest for a in parser._actions if not a.help and not any("--no" in o for o in a.option_strings)]
     assert unexplained == []
 
 
 def test_flags_read_from_the_sources_are_those_of_the_classes():
     """Fault: a flag that is refused at once though the full parser takes it, or explained otherwise; a new release."""
-    defaults = importlib.import_module("train_mnist").DEFAULTS
-    full = importlib.import_module("command_line").make_parser(defaults, "help")
-    quick = importlib.import_module("flags").quick_parser(defaults, "help")
+    defaults = RECIPES["mnist"]
+    full = arguments.make_parser(defaults, "help")
+    quick = flags.quick_parser(defaults, "help")
     assert [action.option_strings for action in quick._actions] == [action.option_strings for action in full._actions]
     ours = {f.name for f in fields(SmootTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
     for mine, theirs in zip(quick._actions, full._actions, strict=True):
@@ -190,26 +196,103 @@ def test_flags_read_from_the_sources_are_those_of_the_classes():
             assert mine.default == theirs.default, mine.dest
 
 
-COMMANDS = [*NAMES, "train", "evaluate_faithfulness", "compare_methods", "demo"]
+COMMANDS = {name: [str(FOLDER / f"train_{name}.py")] for name in NAMES}
+COMMANDS |= {name: ["-m", f"smoot_hf.experiments.{name}"] for name in SUBCOMMANDS}
+# As the script that an installation makes.
+SCRIPT = ["-c", "from smoot_hf.experiments.command import main; main()"]
+COMMANDS |= {f"smoot-hf {name}": [*SCRIPT, name] for name in SUBCOMMANDS}
+
+
+def run_without_torch(folder, *argv):
+    """Run Python where an import of torch fails."""
+    (folder / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{FOLDER.parent}"}
+    return subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_are_checked_before_anything_slow_is_imported(name, tmp_path):
     """Fault: twenty seconds of importing before a misspelled flag is told, or --help shown."""
-    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{FOLDER.parent}"}
-    wrong = (
-        ["--lerning_rate", "1"]
-        if name not in ("evaluate_faithfulness", "demo")
-        else ["x", "--dataset", "y", "--prt", "1"]
-    )
+    takes_words = name.split()[-1] in ("evaluate", "demo")
+    wrong = ["x", "--dataset", "y", "--prt", "1"] if takes_words else ["--lerning_rate", "1"]
     for argv, code, expected in ((["--help"], 0, "usage: "), (wrong, 2, wrong[-2])):
-        done = subprocess.run(
-            [sys.executable, str(FOLDER / f"{name}.py"), *argv], env=environment, capture_output=True, text=True
-        )
+        done = run_without_torch(tmp_path, *COMMANDS[name], *argv)
         assert done.returncode == code, done.stderr
         assert expected in done.stdout + done.stderr
         assert len(done.stderr.splitlines()) == (1 if code else 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "expected"),
+    [
+        ([], 2, "smoot-hf: error: the following arguments are required: subcommand"),
+        (["--help"], 0, "  compare   Train and compare the methods over several seeds"),
+        (["--version"], 0, f"smoot-hf {smoot_hf.__version__}"),
+        (["trian"], 2, "invalid choice: 'trian'"),
+        (["train", "--help"], 0, "usage: smoot-hf train "),
+        (["train", "--alhpa", "1"], 2, "smoot-hf train: error: unknown argument --alhpa: did you mean alpha"),
+        (["compare", "--recipe", "imagenet"], 2, "smoot-hf compare: error: argument --recipe: invalid choice"),
+        (["evaluate"], 2, "smoot-hf evaluate: error: the following arguments are required: checkpoint, --dataset"),
+    ],
+)
+def test_the_command_finds_its_subcommand(argv, code, expected, tmp_path):
+    """Fault: a subcommand that hands its flags to another, or answers under another name."""
+    done = run_without_torch(tmp_path, *SCRIPT, *argv)
+    assert done.returncode == code, done.stderr
+    assert expected in done.stdout + done.stderr
+
+
+def test_a_recipe_by_its_name_is_the_recipe():
+    """Fault: an installation without the repository trains with other settings; a flag that a recipe overrides."""
+    for name in NAMES:
+        named, own = parse("", "--recipe", name), parse(name)
+        assert settings_of(*named) == settings_of(*own)
+        assert named[0].output_dir == own[0].output_dir
+    Path("recipe.yaml").write_text("recipe: mnist\nalpha: 0.5\n")
+    args, recipe = parse("", "recipe.yaml", "--top_n", "3")
+    assert (recipe.dataset, args.alpha, args.top_n, args.rounding) == ("ylecun/mnist", 0.5, 3, "trunc")
+
+
+def test_a_recipe_within_a_recipe_is_refused(capsys):
+    """Fault: the settings of two data sets, mixed."""
+    with pytest.raises(SystemExit):
+        parse("digits", "--recipe", "mnist")
+    assert "unknown argument --recipe" in one_line(capsys)
+
+
+def test_every_command_reads_a_configuration_file():
+    """Fault: flags of a file that override those of the command line, a switch, or a list that takes the next word."""
+    Path("judge.yaml").write_text("dataset: digits\nbf16: true\nconvert_rgb: false\nattribution: [gradient, random]\n")
+    parser = evaluate.make_parser()
+    found = parser.parse_args(flags.with_config(parser, ["run", "--config", "judge.yaml", "--dataset", "other"]))
+    assert (found.checkpoint, found.dataset, found.bf16, found.convert_rgb) == ("run", "other", True, False)
+    assert found.attribution == ["gradient", "random"]
+    Path("compare.yaml").write_text("recipe: mnist\nseeds: [3, 4]\nalpha: 0.5\nlabel_names: [a, b]\n")
+    parser = compare.make_comparison_parser()
+    argv = flags.with_config(parser, ["compare.yaml", "--seeds", "5", "--top_n", "2"], others_follow=True)
+    found, rest = parser.parse_known_args(argv)
+    assert (found.recipe, found.seeds) == ("mnist", [5])
+    assert rest == ["--alpha=0.5", "--label_names", "a", "b", "--top_n", "2"]
+
+
+# Defaults that version 0.1.0 had otherwise, and why they differ.
+CHANGED_DEFAULTS = {("evaluate", "--device"): "None"}  # a GPU is used where there is one
+
+
+def test_every_flag_of_version_0_1_0_is_still_there_with_its_default():
+    """Fault: a script or a configuration file of before that is refused, or trains with other settings."""
+    former = json.loads((Path(__file__).parents[1] / "fixtures" / "recipe_flags.json").read_text())
+    commands = {
+        "compare_methods": ("compare", compare.make_comparison_parser()),
+        "evaluate_faithfulness": ("evaluate", evaluate.make_parser()),
+        "train": ("train", arguments.make_parser({}, "")),
+        **{f"train_{name}": (name, arguments.make_parser(RECIPES[name], "")) for name in NAMES},
+    }
+    assert former.keys() == commands.keys()
+    for file, (name, parser) in commands.items():
+        now = {option: repr(action.default) for action in parser._actions for option in action.option_strings}
+        expected = {flag: CHANGED_DEFAULTS.get((name, flag), default) for flag, default in former[file].items()}
+        assert expected == {flag: now.get(flag) for flag in expected}, name
 
 
 @pytest.mark.parametrize(
@@ -226,7 +309,7 @@ def test_what_is_checked_early_is_told_in_the_same_words(argv, message, capsys):
     """Fault: an early check that lets pass what it could refuse, or that says less than the full parser."""
     Path("wrong.yaml").write_text("datset: digits\n")
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module("flags").check_flags({}, "help", argv)
+        flags.check_flags({}, "help", argv)
     assert stop.value.code == 2
     assert message in one_line(capsys)
 
@@ -236,7 +319,7 @@ def test_what_is_right_passes_the_early_check():
     Path("right.yaml").write_text("alpha: 5e-1\nlabel_names: [a, b]\nlr_scheduler_kwargs: {a: 1}\n")
     right = ["right.yaml", "--top-n", "4", "--bf16", "--horizontal_flip", "false", "--no_signed_saliency"]
     right += ["--label_names", "a", "b", "--alpha", "-1", "--resume_from_checkpoint=true", "--warmup_steps", "0.1"]
-    importlib.import_module("flags").check_flags({"alpha": 0.95}, "help", right)
+    flags.check_flags({"alpha": 0.95}, "help", right)
 
 
 @pytest.mark.parametrize(
@@ -249,24 +332,41 @@ def test_what_is_right_passes_the_early_check():
 )
 def test_sources_that_do_not_tell_every_flag_refuse_none(source, monkeypatch):
     """Fault: flags of a release that spreads its arguments over several classes are refused as unknown."""
-    flags = importlib.import_module("flags")
     Path("training_args.py").write_text(source)
     assert flags.read_flags_of(Path("training_args.py"), "TrainingArguments", []) is None
     monkeypatch.setattr(flags, "_SOURCES", (("no_such_package", "a.py", "A", []),))
     flags.check_flags({}, "help", ["--anything", "1"])
 
 
+def test_a_field_of_two_classes_is_read_from_the_first(tmp_path, monkeypatch):
+    """Fault: fields that are stated once, in the settings of the method, are flags without default and help."""
+    package = tmp_path / "some_package"
+    package.mkdir()
+    (package / "settings.py").write_text(
+        "class Settings:\n    alpha: float = _setting(0.8, 'Weight.')\n    seed: int = 42\n"
+    )
+    (package / "arguments.py").write_text(
+        "class Arguments:\n    alpha: float = _of_settings('alpha')\n    other: bool = _argument(False, 'Other.')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sources = (("some_package", "settings.py", "Settings", []), ("some_package", "arguments.py", "Arguments", []))
+    monkeypatch.setattr(flags, "_SOURCES", sources)
+    found = {action.dest: action for action in flags.quick_parser({}, "help")._actions}
+    assert (found["alpha"].default, found["alpha"].help, found["alpha"].type) == (0.8, "Weight.", float)
+    assert (found["seed"].default, found["other"].help) == (42, "Other.")
+
+
 def test_the_line_of_an_error_goes_into_the_launchers_report(monkeypatch, capsys, tmp_path):
     """Fault: a launcher whose last words are that some process ended with code 2."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module("flags").OneLineParser(prog="recipe").error("too\nmuch", code=1)
+        flags.OneLineParser(prog="recipe").error("too\nmuch", code=1)
     assert stop.value.code == 1
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
     assert failure.message == "recipe: error: too much" == one_line(capsys)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent" / "error.json"))
     with pytest.raises(SystemExit):
-        importlib.import_module("flags").OneLineParser(prog="recipe").error("too much")
+        flags.OneLineParser(prog="recipe").error("too much")
 
 
 @pytest.mark.slow
@@ -287,7 +387,7 @@ def test_torchrun_says_the_line_last(argv):
 @pytest.mark.parametrize("method", ["smoot", "standard"])
 def test_digits_from_command_to_saved_model(method, capsys):
     """Fault: what is saved is not what was evaluated (weights, processor, class names), or the summary is missing."""
-    metrics = run("train_digits", "--num_train_epochs", "2", "--method", method)
+    metrics = run("digits", "--num_train_epochs", "2", "--method", method)
     printed = capsys.readouterr().out
     folder = Path(f"runs/digits-cnn-{method}")
     assert f"{method} on digits: 200 training and 100 test images, 1 process(es) on cpu" in printed
@@ -319,17 +419,16 @@ def test_photographs_of_mixed_sizes_from_command_to_record():
         datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
     flags = ["--image_size", "8", "--eval_split", "extra"]
     quick = ["--output_dir", "run", "--num_train_epochs", "1", "--card_samples", "0"]
-    run("train_digits", "--dataset", "photographs", *flags, *quick)
+    run("digits", "--dataset", "photographs", *flags, *quick)
     settings = json.loads(Path("run/run.json").read_text())["settings"]
     assert (settings["image_size"], settings["eval_split"]) == (8, "extra")
-    recorded = importlib.import_module("checkpoints").recorded_images(Path("run"), "test")
-    judge = importlib.import_module("evaluate_faithfulness")
-    options = judge.make_parser().parse_args(["run", "--dataset", "photographs", *flags])
-    judged = judge.load_test_images(options)
+    recorded = checkpoint.recorded_images(Path("run"), "test")
+    options = evaluate.make_parser().parse_args(["run", "--dataset", "photographs", *flags])
+    judged = checkpoint_evaluation.load_test_images(options)
     assert recorded.image_shape == judged.image_shape == (3, 8, 8)
     assert len(recorded) == len(judged) == 2
     assert recorded.fingerprint == judged.fingerprint
-    importlib.import_module("checkpoints").load_checkpoint("run", judged, "cpu")
+    checkpoint.load_checkpoint("run", judged, "cpu")
     processor = AutoImageProcessor.from_pretrained("run")
     assert (processor.do_center_crop, processor.size["shortest_edge"]) == (True, 8)
 
@@ -337,15 +436,14 @@ def test_photographs_of_mixed_sizes_from_command_to_record():
 def test_evaluation_on_the_training_split_is_refused(capsys):
     """Fault: training accuracy that is reported as test accuracy."""
     with pytest.raises(SystemExit):
-        run("train_digits", "--eval_split", "train")
+        run("digits", "--eval_split", "train")
     assert "eval_split='train' is what is trained on" in one_line(capsys)
 
 
 def test_adadelta_gets_its_flags():
     """Fault: AdamW in its place, or a flag that does not reach it."""
-    train = importlib.import_module("train")
-    args, recipe = parse("train_digits", *QUICK, "--weight_decay", "0.1", "--learning_rate", "0.5")
-    trainer = train.make_trainer(train.prepare(args, recipe), args, recipe)
+    args, recipe = parse("digits", *QUICK, "--weight_decay", "0.1", "--learning_rate", "0.5")
+    trainer = training_run.make_trainer(training_run.prepare(args, recipe), args, recipe)
     trainer.create_optimizer_and_scheduler(num_training_steps=10)
     assert type(trainer.optimizer) is torch.optim.Adadelta
     assert trainer.optimizer.param_groups[0]["lr"] == 0.5
@@ -354,8 +452,8 @@ def test_adadelta_gets_its_flags():
 
 def test_resumed_run_goes_on():
     """Fault: the flag is parsed and forgotten."""
-    run("train_digits", "--num_train_epochs", "1")
-    run("train_digits", "--num_train_epochs", "2", "--resume_from_checkpoint", "true")
+    run("digits", "--num_train_epochs", "1")
+    run("digits", "--num_train_epochs", "2", "--resume_from_checkpoint", "true")
     state = json.loads(Path("runs/digits-cnn-smoot/trainer_state.json").read_text())
     assert state["epoch"] == 2
     assert [entry["epoch"] for entry in state["log_history"] if "loss" in entry] == [1.0, 2.0]
@@ -364,7 +462,7 @@ def test_resumed_run_goes_on():
 def refused(capsys, *argv):
     """The line that a recipe ends with, which has not trained."""
     with pytest.raises(SystemExit) as stop:
-        run("train_digits", *argv)
+        run("digits", *argv)
     assert stop.value.code == 2
     return one_line(capsys)
 
@@ -372,7 +470,7 @@ def refused(capsys, *argv):
 def test_a_second_run_in_the_folder_of_a_first_one_is_refused_or_its_own(capsys):
     """Fault: it goes on from the first one's checkpoint, or takes its record's place before it is refused."""
     short = ["--num_train_epochs", "1", "--output_dir", "run"]
-    run("train_digits", *short, "--seed", "0")
+    run("digits", *short, "--seed", "0")
     record = Path("run/run.json").read_text()
     capsys.readouterr()
     assert "holds checkpoint-4 of another run (run " in refused(capsys, *short, "--seed", "1")
@@ -380,23 +478,20 @@ def test_a_second_run_in_the_folder_of_a_first_one_is_refused_or_its_own(capsys)
     assert "its seed is 0, not 1" in refused(capsys, *short, "--seed", "1", *resume)
     assert "its method is smoot, not sgt" in refused(capsys, *short, "--seed", "0", "--method", "sgt", *resume)
     # Other data show only once they are there.
-    train, digits = importlib.import_module("train"), importlib.import_module("train_digits")
     with pytest.raises(SystemExit) as stop:
-        train.main(digits.DEFAULTS, argv=[*QUICK, *short, "--seed", "0", *resume, "--max_train_samples", "40"])
+        train.main(RECIPES["digits"], argv=[*QUICK, *short, "--seed", "0", *resume, "--max_train_samples", "40"])
     assert stop.value.code == 1
     assert "its dataset_fingerprint is v2-" in one_line(capsys)
     assert Path("run/run.json").read_text() == record
-    run("train_digits", *short, "--seed", "1", "--overwrite_output_dir", "true")
+    run("digits", *short, "--seed", "1", "--overwrite_output_dir", "true")
     assert json.loads(Path("run/run.json").read_text())["seed"] == 1
 
 
 def test_what_reads_a_run_reads_that_run(monkeypatch):
     """Fault: the model, or the K, that an earlier run has left in the folder of one that is under way."""
-    checkpoints = importlib.import_module("checkpoints")
-    train = importlib.import_module("train")
     short = ["--output_dir", "run", "--save_total_limit", "9"]
-    run("train_digits", *short, "--seed", "0", "--num_train_epochs", "2")
-    assert checkpoints.saved_model("run") == "run"
+    run("digits", *short, "--seed", "0", "--num_train_epochs", "2")
+    assert checkpoint.saved_model("run") == "run"
 
     class Killed(BaseException):
         pass
@@ -408,22 +503,22 @@ def test_what_reads_a_run_reads_that_run(monkeypatch):
                     raise Killed
                 return super().training_step(*args, **kwargs)
 
-        monkeypatch.setattr(train, "SmootTrainer", Dying)
+        monkeypatch.setattr(training_run, "SmootTrainer", Dying)
         with pytest.raises(Killed):
-            run("train_digits", *short, "--seed", "1", "--num_train_epochs", "2", "--overwrite_output_dir", "true")
+            run("digits", *short, "--seed", "1", "--num_train_epochs", "2", "--overwrite_output_dir", "true")
 
-    images = checkpoints.recorded_images(Path("run"), "train")
+    images = checkpoint.recorded_images(Path("run"), "train")
     kill_at(1)
     with pytest.raises(ValueError, match="run is the folder of a run that has saved nothing yet"):
-        checkpoints.saved_model("run")
+        checkpoint.saved_model("run")
     with pytest.raises(ValueError, match="run holds no checkpoint with mask_budget"):
-        checkpoints.load_budget(Path("run"), images)
+        checkpoint.load_budget(Path("run"), images)
     kill_at(5)
     newest = Path("run/checkpoint-4")
     assert Path("run/checkpoint-8").is_dir()
-    assert checkpoints.saved_model("run") == str(newest)
+    assert checkpoint.saved_model("run") == str(newest)
     expected = MaskBudget.load(newest / "mask_budget.safetensors").k
-    assert torch.equal(checkpoints.load_budget(Path("run"), images).k, expected)
+    assert torch.equal(checkpoint.load_budget(Path("run"), images).k, expected)
 
 
 def test_a_limited_data_set_has_all_classes(tmp_path):
@@ -434,11 +529,10 @@ def test_a_limited_data_set_has_all_classes(tmp_path):
             folder.mkdir(parents=True)
             for i in range(20):
                 Image.new("L", (8, 8), color=10 * i).save(folder / f"{i}.png")
-    train = importlib.import_module("train")
     args, recipe = parse(
-        "train", "--dataset", str(tmp_path / "set"), "--convert_rgb", "--use_cpu", "--max_train_samples", "10"
+        "", "--dataset", str(tmp_path / "set"), "--convert_rgb", "--use_cpu", "--max_train_samples", "10"
     )
-    task = train.prepare(args, recipe)
+    task = training_run.prepare(args, recipe)
     assert (len(task.train), len(task.test)) == (10, 40)
     assert set(task.train.labels) == {0, 1}
     assert task.train.image_shape == (3, 8, 8)

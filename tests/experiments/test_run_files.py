@@ -1,15 +1,14 @@
 """What is read from a run's folder, which may come from anybody: checked before it is used, one ValueError else."""
 
 import dataclasses
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from smoot_hf.experiments import run
+
 RECORD = {
     "method": "smoot",
     "seed": 0,
@@ -20,13 +19,6 @@ RECORD = {
     "is_finished": True,
 }
 HISTORY = {"pixels": 64, "k_min": 12, "epochs": [0.0, 1.0], "counts": [[0, 3, 0], [1, 1, 1]]}
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPES)
-        yield importlib.import_module
 
 
 def with_entry(content, name, value):
@@ -82,37 +74,36 @@ CRAFTED_RECORDS = {
 
 
 @pytest.mark.parametrize("name", CRAFTED_RECORDS)
-def test_a_crafted_record_is_one_error_that_names_the_entry(recipe, name, tmp_path):
+def test_a_crafted_record_is_one_error_that_names_the_entry(name, tmp_path):
     """Fault: a name or number of a downloaded run is used as it is: as a folder, in a table, in a report."""
     text, message = CRAFTED_RECORDS[name]
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json") as refused:
-        recipe("run_record").RunRecord.load(tmp_path)
+        run.RunRecord.load(tmp_path)
     assert message in str(refused.value)
     assert len(str(refused.value)) < 400 + len(str(tmp_path))
 
 
-def test_a_record_that_is_no_text_is_refused(recipe, tmp_path):
+def test_a_record_that_is_no_text_is_refused(tmp_path):
     """Fault: the error of a codec, without the file's name."""
     (tmp_path / "run.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"run\.json cannot be read"):
-        recipe("run_record").RunRecord.load(tmp_path)
+        run.RunRecord.load(tmp_path)
 
 
-def test_what_is_saved_is_read_again_and_old_records_too(recipe, tmp_path):
+def test_what_is_saved_is_read_again_and_old_records_too(tmp_path):
     """Fault: a check that refuses this package's own files, or those of before an entry was added."""
-    load = recipe("run_record").RunRecord.load
-    record = recipe("run_record").RunRecord(**RECORD)
+    load = run.RunRecord.load
+    record = run.RunRecord(**RECORD)
     record.save(tmp_path)
     assert load(tmp_path) == record
     (tmp_path / "run.json").write_text(json.dumps({"method": "sgt", "seed": 3}))
     assert (load(tmp_path).method, load(tmp_path).seed, load(tmp_path).is_finished) == ("sgt", 3, True)
 
 
-def test_every_entry_of_a_record_is_checked(recipe):
+def test_every_entry_of_a_record_is_checked():
     """Fault: a field that is added to the record and read unchecked."""
-    module = recipe("run_record")
-    assert module._ENTRIES.keys() == {field.name for field in dataclasses.fields(module.RunRecord)}
+    assert run._ENTRIES.keys() == {field.name for field in dataclasses.fields(run.RunRecord)}
 
 
 JSON = st.recursive(
@@ -123,20 +114,20 @@ JSON = st.recursive(
 
 
 @given(name=st.sampled_from([*RECORD, "other"]), value=JSON)
-def test_any_value_of_an_entry_is_taken_whole_or_refused(recipe, tmp_path_factory, name, value):
+def test_any_value_of_an_entry_is_taken_whole_or_refused(tmp_path_factory, name, value):
     """Fault: another kind of error than ValueError, or a record whose method or seed is not one of ours."""
     folder = tmp_path_factory.mktemp("crafted")
     (folder / "run.json").write_text(with_entry(RECORD, name, value))
     record, message = None, ""
     try:
-        record = recipe("run_record").RunRecord.load(folder)
+        record = run.RunRecord.load(folder)
     except ValueError as error:
         message = str(error)
     if record is None:
         assert "run.json" in message
     else:
         assert record.name in {f"{method}-seed{record.seed}" for method in ("standard", "sgt", "smoot")}
-        assert record == recipe("run_record").RunRecord(**{**RECORD, name: value})
+        assert record == run.RunRecord(**{**RECORD, name: value})
 
 
 CRAFTED_HISTORIES = {
@@ -157,17 +148,17 @@ CRAFTED_HISTORIES = {
 
 
 @pytest.mark.parametrize("name", CRAFTED_HISTORIES)
-def test_a_crafted_history_of_k_is_one_error(recipe, name, tmp_path):
+def test_a_crafted_history_of_k_is_one_error(name, tmp_path):
     """Fault: a traceback from a figure, or a figure of what was never counted."""
     text, message = CRAFTED_HISTORIES[name]
     (tmp_path / "k_history.json").write_text(text)
     with pytest.raises(ValueError, match=r"k_history\.json") as refused:
-        recipe("budget_history").BudgetHistory.load(tmp_path)
+        run.BudgetHistory.load(tmp_path)
     assert message in str(refused.value)
 
 
-def test_a_history_of_k_is_read_as_it_was_saved(recipe, tmp_path):
+def test_a_history_of_k_is_read_as_it_was_saved(tmp_path):
     """Fault: a check that refuses this package's own files. 53 numbers from 12 to 64 are all that 64 pixels have."""
-    history = recipe("budget_history").BudgetHistory(64, 12, [0.0, 0.5], [[1] * 53, [2] * 53])
+    history = run.BudgetHistory(64, 12, [0.0, 0.5], [[1] * 53, [2] * 53])
     history.save(tmp_path)
-    assert recipe("budget_history").BudgetHistory.load(tmp_path) == history
+    assert run.BudgetHistory.load(tmp_path) == history

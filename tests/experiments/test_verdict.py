@@ -1,8 +1,6 @@
 """The verdict of a comparison: beyond the noise of the seeds or not."""
 
-import importlib
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +8,7 @@ import torch
 from smoot_hf import Faithfulness
 from smoot_hf.evaluation.convention import DEFAULT
 from smoot_hf.evaluation.faithfulness import Curve
-
-
-@pytest.fixture
-def judge(monkeypatch):
-    """The recipes' function, importable as when a recipe is run."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "recipes")
-    return importlib.import_module("verdict").judge
+from smoot_hf.experiments.verdict import judge
 
 
 def measurement(areas, convention=DEFAULT):
@@ -41,7 +33,7 @@ def measurement(areas, convention=DEFAULT):
         ([10.0, 20.0], [15.0, 25.0], "unknown"),
     ],
 )
-def test_verdict_is_beyond_the_noise_of_the_seeds_or_not(judge, smoot, sgt, outcome):
+def test_verdict_is_beyond_the_noise_of_the_seeds_or_not(smoot, sgt, outcome):
     """Fault: a difference called real because the images agree although the seeds do not; or its sign turned round."""
     by_seed = {
         name: {seed: measurement([value - 1, value + 1]) for seed, value in enumerate(values)}
@@ -53,7 +45,7 @@ def test_verdict_is_beyond_the_noise_of_the_seeds_or_not(judge, smoot, sgt, outc
     assert verdict.measurement.mean == pytest.approx(sum(smoot) / len(smoot) - sum(sgt) / len(sgt))
 
 
-def test_interval_is_students(judge):
+def test_interval_is_students():
     """Fault: the normal's 1.96 for three seeds, which calls noise a result. By hand: 4.303 * 1 / sqrt(3) = 2.484."""
     by_seed = {"sgt": [10.0, 10.0, 10.0], "smoot": [9.0, 10.0, 11.0]}
     measured = {m: {s: measurement([v, v]) for s, v in enumerate(values)} for m, values in by_seed.items()}
@@ -61,7 +53,7 @@ def test_interval_is_students(judge):
     assert verdict.interval == pytest.approx((-2.484, 2.484), abs=1e-3)
 
 
-def test_interval_of_many_seeds_is_students(judge):
+def test_interval_of_many_seeds_is_students():
     """Fault: a table of quantiles that ends: 2.042 for all from 31 seeds on. By hand: t(0.975, 60) is 2.0003."""
     values = [10.0 + (-1) ** seed for seed in range(61)]
     measured = {"sgt": {s: measurement([10.0, 10.0]) for s in range(61)}}

@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 import pytest
-from bad_input import RECIPES, Case, judge, train_recipe, trainer_of
+from bad_input import ROOT, Case, judge, train_recipe, trainer_of
 from loopback_hub import USER
 from safetensors import safe_open
 from transformers import ViTConfig, ViTForImageClassification
@@ -275,25 +275,26 @@ def test_a_recipe_whose_training_state_was_refused_says_so(bad_input_folder, hub
 
 @pytest.mark.parametrize("name", [pytest.param("a wrong flag", marks=pytest.mark.slow), "409 at the end of training"])
 def test_bad_input_of_a_process(name, tmp_path, hub):
-    """As a user sees it: exit code and stderr of `python recipes/train.py`; catches what a call of main() hides."""
+    """As a user sees it: exit code and stderr of `smoot-hf train`; catches what a call of main() hides."""
     argv, code, message = {
-        "a wrong flag": (["--alpha", "2"], 2, "train.py: error: alpha must be in [0, 1], got 2.0"),
+        "a wrong flag": (["--alpha", "2"], 2, "smoot-hf train: error: alpha must be in [0, 1], got 2.0"),
         "409 at the end of training": (
             ["--dataset", "digits", "--max_train_samples", "32", "--num_train_epochs", "1", "--push_to_hub",
              "--save_strategy", "no", "--hub_model_id", NAME, "--card_samples", "4"],
-            1, f"train.py: error: cannot push to '{NAME}' on the Hub (",
+            1, f"smoot-hf train: error: cannot push to '{NAME}' on the Hub (",
         ),
     }[name]  # fmt: skip
     is_pushed = "--push_to_hub" in argv
     hub.fail(*COMMIT, 409, times=99)
     settings = {
-        "PYTHONPATH": str(RECIPES.parent),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": str(int(not is_pushed)),
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
     }
+    command = "from smoot_hf.experiments.command import main; main()"
     done = subprocess.run(
-        [sys.executable, str(RECIPES / "train.py"), *argv, "--use_cpu", "--output_dir", str(tmp_path / "run")],
+        [sys.executable, "-c", command, "train", *argv, "--use_cpu", "--output_dir", str(tmp_path / "run")],
         capture_output=True, text=True, env=os.environ | settings, timeout=300,
     )  # fmt: skip
     lines = done.stderr.strip().splitlines()

@@ -1,6 +1,5 @@
 """The life of a model on the Hub: pushed by the trainer, used without smoot_hf, taken up again on another machine."""
 
-import importlib
 import json
 import os
 import re
@@ -27,6 +26,8 @@ from transformers import (
 from transformers.models.timm_wrapper import TimmWrapperImageProcessor
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments, evaluate_faithfulness
+from smoot_hf.experiments import train
+from smoot_hf.experiments.recipes import RECIPES
 from smoot_hf.models.classifier import load_image_processor, load_model
 
 pytestmark = [
@@ -430,24 +431,25 @@ def test_a_model_name_is_enough(hub, quick_trainer):
 
 @pytest.fixture
 def digits(hub, monkeypatch, tmp_path):
-    """recipes/train_digits.py, one epoch, pushed."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "recipes")
+    """The recipe of the digits, one epoch, pushed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
     def run(*flags):
         argv = ["--use_cpu", "--num_train_epochs", "1", "--max_train_samples", "200", "--max_eval_samples", "60",
                 "--disable_tqdm", "true", "--push_to_hub", "--hub_model_id", "run", "--output_dir", "out"]  # fmt: skip
-        return importlib.import_module("train").main(importlib.import_module("train_digits").DEFAULTS, [*argv, *flags])
+        return train.main(RECIPES["digits"], [*argv, *flags])
 
     return run
 
 
 def test_a_measurement_that_fails_costs_the_card_its_numbers_alone(hub, digits, monkeypatch):
     """Fault: a trained model that is not pushed, for the measurement of its card did not fit into memory."""
-    monkeypatch.setattr("publish.evaluate_faithfulness", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(
+        "smoot_hf.experiments.training_run.evaluate_faithfulness", raising(torch.OutOfMemoryError("CUDA out of memory"))
+    )
     said = []
-    monkeypatch.setattr("publish.logger.warning", said.append)
+    monkeypatch.setattr("smoot_hf.experiments.training_run.logger.warning", said.append)
     digits()
     files = hub.repository("models", f"{USER}/run").files()
     assert {"model.safetensors", "README.md"} <= files.keys()

@@ -1,0 +1,48 @@
+"""The recipes: the settings with which each data set is trained, by name.
+
+The header of recipes/train_<name>.py in the repository gives the reason for each of them, and what to expect.
+"""
+
+from typing import Any
+
+_MNIST: dict[str, Any] = {
+    "dataset": "ylecun/mnist",
+    "model": "cnn",
+    "optimizer": "adadelta",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 100,
+    "alpha": 0.95,
+    "rounding": "trunc",
+    "saliency_score": "log_prob",
+}
+_CIFAR10: dict[str, Any] = {
+    "dataset": "uoft-cs/cifar10",
+    "model": "deit-tiny",
+    "optimizer": "adadelta",
+    "learning_rate": 0.001,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 100,
+    "rounding": "trunc",
+}
+# Name of a recipe -> values of the flags that differ from the defaults of `smoot-hf train`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {
+        "dataset": "digits",
+        "model": "cnn",
+        "optimizer": "adadelta",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 20,
+        "per_device_train_batch_size": 64,
+        "rounding": "trunc",
+        "saliency_score": "log_prob",
+    },
+    "mnist": _MNIST,
+    "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},
+    "cifar10": _CIFAR10,
+    "cifar100": {**_CIFAR10, "dataset": "uoft-cs/cifar100", "label_column": "fine_label"},
+}
