@@ -1,6 +1,6 @@
 """A bad input and the error that it must give; how such inputs are made, and how each is judged.
 
-The cases stand in the tables of tests/test_bad_*.py; `pytest tests/test_bad_*.py -k test_bad_input` counts them.
+The cases stand in the tables of tests/*/test_bad_*.py; `pytest tests/*/test_bad_*.py -k test_bad_input` counts them.
 """
 
 import hashlib

@@ -4,7 +4,7 @@
     PYTHONPATH=tests python tests/compatibility/sweep.py --only vit swin timm/resnet
 
 Each check is a function of a `Case` and of the trainer that has trained it, and raises `Failure` in one line. Here the
-checks become the rows of a table; `tests/test_sweep.py` asks for those rows.
+checks become the rows of a table; `tests/compatibility/test_sweep.py` asks for those rows.
 """
 
 import argparse

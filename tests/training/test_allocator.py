@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from smoot_hf.training import trainer as budgeted_trainer
+from smoot_hf.training import trainer as training_layer
 
 # In a process of its own: one that has trained before has room on its heap, and takes none of the system.
 MEASURE = """
@@ -78,7 +78,7 @@ def test_training_keeps_it_even_where_it_fails(quick_trainer, monkeypatch):
         said.append("step")
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(budgeted_trainer, "freed_memory_kept", kept)
+    monkeypatch.setattr(training_layer, "freed_memory_kept", kept)
     for asked in (True, False):
         said.clear()
         trainer = quick_trainer(keep_freed_memory=asked)

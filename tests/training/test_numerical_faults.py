@@ -248,4 +248,4 @@ def test_an_evaluation_that_is_wrong_still_ends_the_run(quick_trainer):
     trainer = quick_trainer(deletion_auc_samples=8)
     data.labels[0] = 99
     with pytest.raises(ValueError, match="99"):
-        trainer._deletion_auc(data)
+        trainer._deletion_auc(trainer.get_eval_dataloader(data))

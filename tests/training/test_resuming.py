@@ -152,8 +152,8 @@ def test_save_only_model_starts_the_rest_afresh_and_says_so(quick_trainer, tmp_p
     folder = tmp_path / "run" / "checkpoint-4"
     assert not [path.name for path in folder.iterdir() if path.name.startswith(("optimizer", "mask_budget"))]
     said = []
-    for module in ("budgeted_trainer", "resumable_trainer"):
-        monkeypatch.setattr(f"smoot_hf.{module}.logger.warning", said.append)
+    for module in ("trainer", "checkpoints"):
+        monkeypatch.setattr(f"smoot_hf.training.{module}.logger.warning", said.append)
     trainer = quick_trainer(**SAVES | {"save_strategy": "no"})
     trainer.train(resume_from_checkpoint=str(folder))
     assert trainer.state.global_step == 8

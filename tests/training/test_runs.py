@@ -47,8 +47,8 @@ def of_seed(quick_args):
 def said(monkeypatch):
     """Warnings about folders that are passed over, or taken though nothing says whose they are."""
     warnings = []
-    for module in ("whole_checkpoints", "resumable_trainer"):
-        monkeypatch.setattr(f"smoot_hf.{module}.logger.warning", warnings.append)
+    for module in ("checkpoint_folder", "checkpoints"):
+        monkeypatch.setattr(f"smoot_hf.training.{module}.logger.warning", warnings.append)
     return warnings
 
 
