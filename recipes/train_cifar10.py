@@ -8,8 +8,8 @@
 """Train DeiT-tiny on CIFAR-10 with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_cifar10.py [--dataset DIRECTORY] [--model DIRECTORY] [--method smoot|sgt|standard]
-    uv run recipes/train_cifar10.py [flags]           # installs what it needs
-    smoot-hf train --recipe cifar10 [flags]           # without the repository
+    uv run recipes/train_cifar10.py [flags]  # installs first what it needs
+    smoot-hf train --recipe cifar10 [flags]  # the same from an installation, without this file
 
 Time: 4 minutes for 300 steps of the CNN on two CPU cores; the paper trains DeiT-tiny for 100 epochs on a GPU.
 Expected, n = 1, 2,000 test images: the CNN (--model cnn --saliency_score log_prob) 24.3 % after 200 steps as below, and

@@ -8,8 +8,8 @@
 """Train DeiT-tiny on CIFAR-100 with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_cifar100.py [--dataset DIRECTORY] [--model DIRECTORY] [--method smoot|sgt|standard]
-    uv run recipes/train_cifar100.py [flags]           # installs what it needs
-    smoot-hf train --recipe cifar100 [flags]           # without the repository
+    uv run recipes/train_cifar100.py [flags]  # installs first what it needs
+    smoot-hf train --recipe cifar100 [flags]  # the same from an installation, without this file
 
 Time: as train_cifar10.py.
 Expected: not measured yet.

@@ -8,8 +8,8 @@
 """Train the paper's CNN on Fashion-MNIST with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_fashion_mnist.py [--dataset DIRECTORY] [--method smoot|sgt|standard]
-    uv run recipes/train_fashion_mnist.py [flags]           # installs what it needs
-    smoot-hf train --recipe fashion_mnist [flags]           # without the repository
+    uv run recipes/train_fashion_mnist.py [flags]  # installs first what it needs
+    smoot-hf train --recipe fashion_mnist [flags]  # the same from an installation, without this file
 
 Time: as train_mnist.py.
 Expected: not measured yet.

@@ -8,8 +8,8 @@
 """Train the paper's CNN on MNIST with SMOOT, SGT or in the standard way (Table 1).
 
     accelerate launch recipes/train_mnist.py [--dataset DIRECTORY] [--method smoot|sgt|standard]
-    uv run recipes/train_mnist.py [flags]           # installs what it needs
-    smoot-hf train --recipe mnist [flags]           # without the repository
+    uv run recipes/train_mnist.py [flags]  # installs first what it needs
+    smoot-hf train --recipe mnist [flags]  # the same from an installation, without this file
 
 Time: 5 minutes for 3 epochs of sgt or smoot on two CPU cores; the paper trains for 100.
 Expected: after 3 epochs, single runs: 98.56 and 98.34 % test accuracy (sgt 98.10 and 98.19, standard 98.82); K

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -557,3 +559,23 @@ def test_the_number_of_processes_is_said_as_it_is(launcher, processes, tmp_path)
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count(f"100 test images, {processes} process(es) on cpu") == 1
+
+
+def test_the_table_of_recipes_names_every_file():
+    """Fault: a recipe or a benchmark that nobody finds, or a line of the table whose file is gone."""
+    table = (FOLDER / "README.md").read_text()
+    files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py")}
+    named = {name.removeprefix("recipes/") for name in re.findall(r"[\w/]+\.py", table)}
+    assert named == files
+    assert set(re.findall(r"smoot-hf ([a-z]+)", table)) == set(SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_needs(name):
+    """Fault: `uv run` of a recipe that lacks a package, or takes another copy of this one than the one beside it."""
+    block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", (FOLDER / f"train_{name}.py").read_text())
+    stated = tomllib.loads("".join(line[2:] for line in block.group(1).splitlines(keepends=True)))
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+    assert stated["requires-python"] == project["requires-python"]
+    assert stated["dependencies"] == [f"{project['name']}[recipes]"]
+    assert stated["tool"]["uv"]["sources"] == {"smoot-hf": {"path": "..", "editable": True}}
