@@ -11,6 +11,7 @@ from .evaluation import Faithfulness as Faithfulness
 from .evaluation import attribute as attribute
 from .evaluation import compare_faithfulness as compare_faithfulness
 from .evaluation import evaluate_faithfulness as evaluate_faithfulness
+from .evaluation import evaluate_localisation as evaluate_localisation
 from .models import PaperCnnConfig as PaperCnnConfig
 from .models import PaperCnnForImageClassification as PaperCnnForImageClassification
 from .models import load_model as load_model

@@ -13,8 +13,11 @@ from urllib.parse import quote
 _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # Written as character references: in HTML, tables and formulas a backslash does not take their meaning from them.
 _REFERENCED = frozenset("\\$<>&|`:@.")
-# Everything that Markdown may read as more than text; an underscore between letters or digits means nothing.
-_SPECIAL = re.compile(r"[\\$<>&|`:@*\[\]~#!^={}]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", re.IGNORECASE)
+# Everything that Markdown may read as more than text. An underscore between letters or digits, a colon before a space,
+# and a single sign of equality within a line mean nothing.
+_SPECIAL = re.compile(
+    r"[\\$<>&|`@*\[\]~#!^{}]|:(?=\S)|^=|=(?==)|(?<==)=|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.", re.IGNORECASE
+)
 # What begins an item of a list or a rule: its last character is escaped.
 _ITEM = re.compile(r"^(\d*)([-+](?!\d)|(?<=\d)[.)](?=\s|$))")
 # Code between backticks, wherever it stands.

@@ -95,3 +95,58 @@ def counter_uniform(seed, epoch, index, count):
     key_1 = hash32(hash32(low ^ (stream % 2**32), high))
     key_2 = hash32(hash32(low ^ (stream // 2**32), high ^ 0xFFFFFFFF))
     return [(hash32(hash32(counter) ^ key_1, key_2) >> 8) / 2**24 for counter in range(count)]
+
+
+def _positions_of(attribution, evidence):
+    """(value, on the evidence) of every position of one image."""
+    return [
+        (value, on)
+        for values, flags in zip(attribution, evidence, strict=True)
+        for value, on in zip(values, flags, strict=True)
+    ]
+
+
+def expected_hits(positions, count):
+    """Evidence positions among the `count` highest, one place at a time; a place goes in equal parts to those tied."""
+    hits, taken = 0.0, 0
+    for value in sorted({value for value, _ in positions}, reverse=True):
+        tied = [on for other, on in positions if other == value]
+        places = min(count - taken, len(tied))
+        hits += places * sum(tied) / len(tied)
+        taken += places
+    return hits
+
+
+def _relevance_mass(positions):
+    total = on_evidence = 0.0
+    for value, on in positions:
+        if value > 0:
+            total += value
+            on_evidence += value if on else 0.0
+    return on_evidence / total if total else sum(on for _, on in positions) / len(positions)
+
+
+def _roc_auc(positions):
+    """Every pair of a position on the evidence and one outside."""
+    wins = [
+        1.0 if on_value > off_value else 0.5 if on_value == off_value else 0.0
+        for on_value, on in positions
+        if on
+        for off_value, off in positions
+        if not off
+    ]
+    return sum(wins) / len(wins) if wins else math.nan
+
+
+def localisation_scores(attribution, evidence, top):
+    """Every localisation score of one image by its name; lists of rows."""
+    positions = _positions_of(attribution, evidence)
+    size = sum(on for _, on in positions)
+    count = max(1, math.floor(round(top * len(positions), 9)))
+    return {
+        "relevance_mass": _relevance_mass(positions),
+        "rank_accuracy": expected_hits(positions, size) / size if size else math.nan,
+        "pointing_game": expected_hits(positions, 1),
+        "roc_auc": _roc_auc(positions),
+        "top_outside": 1 - expected_hits(positions, count) / count,
+    }

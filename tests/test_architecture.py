@@ -30,6 +30,7 @@ FUNCTIONAL_IMPORTS = {"torch"}
 MAY_IMPORT = {
     "publishing/figures.py": {"matplotlib"},
     "data/dataset.py": {"sklearn"},
+    "data/sample_photos.py": {"sklearn"},
 }
 # What travels with a saved model, to machines without smoot_hf.
 TRAVELLING = ["modeling_smoot_cnn.py", "grey_image_processor.py"]

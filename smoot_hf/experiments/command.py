@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "train": "Train an image classifier with SMOOT, SGT or in the standard way.",
     "evaluate": "Measure how faithful the saliency of a trained checkpoint is.",
     "compare": "Train and compare the methods over several seeds, and write one report.",
+    "campaign": "Run many short trainings of many settings and seeds, each judged, in a queue.",
     "demo": "Open a page that shows what trained models look at.",
 }
 

@@ -1,6 +1,7 @@
 """Masking: which pixels are replaced, and by what (Algorithm 2, line 2; Section 4.1)."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
+
+# Which positions are masked: the method's, or a control's.
+MaskPositions = Literal["least_salient", "random", "most_salient", "alternating"]
 
 
 def ranking_key(values: Tensor, descending: bool = False) -> Tensor:
@@ -63,6 +67,40 @@ def least_salient_mask(saliency: Tensor, k: Tensor) -> Tensor:
     in_budget = torch.arange(height * width, device=saliency.device) < k[:, None]
     is_masked = torch.empty_like(in_budget).scatter_(1, order, in_budget)
     return is_masked.reshape(batch, 1, height, width)
+
+
+def masked_positions(
+    saliency: Tensor, k: Tensor, positions: MaskPositions, epoch: int = 0, noise: Tensor | None = None
+) -> Tensor:
+    """The k positions of each image that are masked: the least salient ones, or those of a control.
+
+    The controls show what the ranking itself is good for: a gain that a random mask of the same size brings as well
+    cannot be credited to the saliency.
+
+    Args:
+        saliency: (B, H, W) of any real type.
+        k: (B,) integers, as in `least_salient_mask`.
+        positions: `"least_salient"` (Algorithm 2); `"most_salient"`; `"random"`, by rising `noise`; `"alternating"`:
+            the least salient in even epochs and the most salient in odd ones, after the high and low gradient masking
+            (HLGM) of ICIST 2024, whose abstract leaves the unit of the alternation open.
+        epoch: number of the epoch, from 0; for `"alternating"` only.
+        noise: (B, H, W) in [0, 1), for example from `counter_uniform`; for `"random"` only.
+
+    Returns:
+        bool (B, 1, H, W), `True` = the pixel is replaced, in all channels. Ties go by position, and NaN is masked last,
+        whatever the choice.
+
+    Raises:
+        ValueError: an unknown choice, `"random"` without noise, or complex saliency.
+    """
+    if positions not in get_args(MaskPositions):
+        raise ValueError(f"positions must be one of {', '.join(map(repr, get_args(MaskPositions)))}, got {positions!r}")
+    if positions == "random":
+        if noise is None:
+            raise ValueError("positions='random' needs noise of shape (B, H, W), got None")
+        return least_salient_mask(noise, k)
+    is_reversed = positions == "most_salient" or (positions == "alternating" and epoch % 2 == 1)
+    return least_salient_mask(ranking_key(saliency, descending=is_reversed), k)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

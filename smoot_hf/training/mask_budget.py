@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 _NEGLIGIBLE_STEP = 1 / 400
 # What a K stands for: so many pixels, by this ranking, may be replaced in this way. How it moves (step_size, alpha and
 # so on) may be changed when training is resumed, as the learning rate may.
-_MEANING = ("saliency_score", "signed_saliency", "saliency_target", "mask_fill")
+_MEANING = ("saliency_score", "signed_saliency", "saliency_target", "mask_positions", "mask_fill")
 
 
 def pixels_of_ratio(mask_ratio: float | Fraction, image_size: tuple[int, int]) -> int:

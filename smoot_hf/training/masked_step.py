@@ -17,6 +17,9 @@ from ..functional.saliency import without_autocast
 from ..models.logits import no_logits, run_classifier
 from .settings import SmootSettings
 
+# Keeps the random positions of a control apart from the fill, whose noise has the same seed, epoch and samples.
+_POSITION_STREAM = 0x706F736974696F6E
+
 
 class CleanPass(NamedTuple):
     """The model's own output, its logits (B, classes), and the gradient that ranks the pixels, like its input."""
@@ -286,13 +289,17 @@ def masked_step(
 def mask_images(
     images: Tensor, gradient: Tensor, sample_idx: Tensor, k: Tensor, epoch: int, settings: SmootSettings
 ) -> tuple[Tensor, Tensor]:
-    """The images with their `k` pixels of least gradient replaced, and which these are: (B, C, H, W), (B, 1, H, W).
+    """The images with `k` pixels replaced, and which these are: (B, C, H, W), bool (B, 1, H, W).
 
     Args:
         images: as in `masked_step`, as are the last four arguments.
         gradient: of the score with respect to the images, (B, C, H, W).
     """
-    is_masked = SF.least_salient_mask(SF.channel_mean(gradient, settings.signed_saliency), k)
+    ranks = None
+    if settings.mask_positions == "random":
+        ranks = SF.counter_uniform(settings.seed ^ _POSITION_STREAM, epoch, sample_idx, tuple(images.shape[2:]))
+    saliency = SF.channel_mean(gradient, settings.signed_saliency)
+    is_masked = SF.masked_positions(saliency, k, settings.mask_positions, epoch, ranks)
     if settings.mask_fill == "mean":
         fill = SF.mean_fill(images)
     else:

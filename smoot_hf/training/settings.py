@@ -40,9 +40,12 @@ class SmootSettings:
         shared_dropout: use the same dropout draw for clean and masked images, so that delta measures the mask alone.
         kl_gradient: `"both"`: the KL term's gradient flows through both predictions. `"masked"`: only through that of
             the masked images; the clean prediction is a constant.
+        mask_positions: which K positions are masked: `"least_salient"` (Algorithm 2), or those of a control that shows
+            what the ranking is good for: `"random"`, `"most_salient"`, or `"alternating"` (the least salient in even
+            epochs, the most salient in odd ones; the first epoch is 0).
         mask_fill: what replaces a pixel: `"uniform"` (Section 4.1) or `"mean"` (of its channel in that image).
         label_smoothing_factor: of the cross-entropy, in [0, 1].
-        seed: of the fill, with the epoch and the index of the sample.
+        seed: of the fill and of random mask positions, with the epoch and the index of the sample.
 
     Raises:
         ValueError: a field is out of its range; the message names field, value and range.
@@ -78,6 +81,9 @@ class SmootSettings:
     shared_dropout: bool = _setting(True, "Clean and masked images see the same dropout draw.")
     kl_gradient: Literal["both", "masked"] = _setting(
         "both", "Where the KL term's gradient flows: through both predictions, or the masked one alone."
+    )
+    mask_positions: Literal["least_salient", "random", "most_salient", "alternating"] = _setting(
+        "least_salient", "Which K positions are masked; random, most_salient and alternating (by epoch) are controls."
     )
     mask_fill: Literal["uniform", "mean"] = _setting(
         "uniform", "What replaces a pixel: uniform noise in the range of what remains, or the channel's mean."

@@ -20,7 +20,8 @@ def test_every_added_field_is_a_flag_with_help(tmp_path):
         "step_unit": "percent", "rounding": "trunc", "alpha": "0.95", "top_n": "3", "delta_mode": "label",
         "kl_weight": "0.5", "saliency_score": "log_prob", "signed_saliency": "False", "saliency_target": "predicted",
         "saliency_pass": "eval", "shared_dropout": "False", "kl_gradient": "masked", "mask_fill": "mean",
-        "deletion_auc_samples": "64", "overwrite_output_dir": "True", "keep_freed_memory": "True",
+        "mask_positions": "random", "deletion_auc_samples": "64", "overwrite_output_dir": "True",
+        "keep_freed_memory": "True",
     }  # fmt: skip
     assert sorted(flags) == sorted(f.name for f in ADDED)
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -38,7 +39,8 @@ def test_defaults_are_those_of_the_design(tmp_path):
         "step_unit": "pixels", "rounding": "floor", "alpha": 0.8, "top_n": 5, "delta_mode": "rank", "kl_weight": 1.0,
         "saliency_score": "logit", "signed_saliency": True, "saliency_target": "label", "saliency_pass": "shared",
         "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform",
-        "deletion_auc_samples": 0, "overwrite_output_dir": False, "keep_freed_memory": False,
+        "mask_positions": "least_salient", "deletion_auc_samples": 0, "overwrite_output_dir": False,
+        "keep_freed_memory": False,
     }  # fmt: skip
 
 
@@ -64,6 +66,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
         ("saliency_target", "true", "saliency_target must be one of"),
         ("saliency_pass", "own", "saliency_pass must be one of"),
         ("kl_gradient", "none", "kl_gradient must be one of"),
+        ("mask_positions", "salient", "mask_positions must be one of"),
         ("mask_fill", "noise", "mask_fill must be one of"),
     ],
 )

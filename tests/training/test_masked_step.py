@@ -92,6 +92,7 @@ def test_kl_gradient_masked_makes_the_clean_prediction_a_constant(quick_args):
         {"saliency_score": "log_prob"},
         {"signed_saliency": False},
         {"saliency_target": "predicted"},
+        {"mask_positions": "random"},
         {"mask_fill": "mean"},
     ],
 )

@@ -226,6 +226,7 @@ def test_the_rotation_keeps_the_best_checkpoint_and_its_k(tmp_path, quick_traine
         ({"saliency_score": "log_prob"}, "saliency_score is logit there and log_prob here"),
         ({"saliency_target": "predicted"}, "saliency_target is label there and predicted here"),
         ({"mask_fill": "mean"}, "mask_fill is uniform there and mean here"),
+        ({"mask_positions": "random"}, "mask_positions is least_salient there and random here"),
     ],
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
 )

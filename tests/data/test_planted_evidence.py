@@ -1,0 +1,201 @@
+"""Planted sets: what they hold is where they say, nothing of the label is elsewhere, and a seed fixes them."""
+
+import pytest
+import torch
+from conftest import tiny_cnn
+
+from smoot_hf.data import InputPipeline, plant_splits, planted_digits
+from smoot_hf.data.planted_evidence import null_block, plant_block, plant_decoy, plant_on_photo, plant_pair
+from smoot_hf.evaluation import evaluate_localisation
+
+SETS = ["block", "block-fixed", "pair", "on-photo", "decoy"]
+
+
+def objects(count=40, channels=1, size=14, classes=5, seed=0):
+    """Noise images without black, so that a block shows where it is, and labels in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(1, 256, (count, channels, size, size), generator=generator).to(torch.uint8)
+    return pixels, torch.randint(classes, (count,), generator=generator)
+
+
+def photos(count=9, size=32):
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(7)).to(torch.uint8)
+
+
+def make(name, seed=0, labelled="first"):
+    kinds = {"train": objects(), "test": objects(seed=1)}
+    others = {"train": objects(30, seed=2), "test": objects(30, seed=3)}
+    backgrounds = {"train": photos(), "test": photos()}
+    return plant_splits(name, kinds, seed=seed, others=others, photos=backgrounds, labelled=labelled)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_block_holds_the_object_and_the_null_block_nothing(channels):
+    """Catches evidence that marks the null block, a null block that differs between images, and a label that moved."""
+    pixels, labels = objects(channels=channels)
+    found = plant_block(pixels, labels, seed=3)
+    assert found.image_shape == (channels, 28, 14)
+    assert torch.equal(found.labels, labels)
+    null = null_block(channels, 14, 14)
+    tops = []
+    for row in range(len(pixels)):
+        image, evidence = found.pixel_values[row], found.evidence[row]
+        assert torch.equal(image[:, evidence].reshape(pixels[row].shape), pixels[row])
+        assert torch.equal(image[:, ~evidence].reshape(null.shape), null)
+        tops.append(bool(evidence[:14].all()))
+        assert evidence[14:].any() != tops[-1]
+    assert 8 < sum(tops) < 32
+
+
+def test_the_null_pattern_is_what_the_module_says():
+    """Catches a pattern that reaches the edge, or that is not the one stated."""
+    block = null_block(1, 28, 28)[0]
+    assert block[7:21, 7:21].bool().sum() == 14 * 14 - 10 * 10
+    assert block.bool().sum() == 14 * 14 - 10 * 10
+    assert set(block.unique().tolist()) == {0, 255}
+
+
+def test_the_fixed_control_is_always_above():
+    """Catches a control that is the set itself."""
+    pixels, labels = objects()
+    found = plant_block(pixels, labels, seed=3, is_fixed=True)
+    assert found.evidence[:, :14].all()
+    assert not found.evidence[:, 14:].any()
+    assert torch.equal(found.pixel_values[:, :, :14], pixels)
+
+
+def test_a_pair_is_the_same_image_under_either_label():
+    """Catches two label sets on two sets of images: the contrast of the models would be one of the images."""
+    first, second = (
+        plant_pair(*objects(), *objects(30, seed=2), seed=4, labelled=which) for which in ("first", "second")
+    )
+    assert torch.equal(first.pixel_values, second.pixel_values)
+    assert torch.equal(first.evidence, ~second.evidence)
+    assert not torch.equal(first.labels, second.labels)
+    for found, (pixels, labels) in ((first, objects()), (second, objects(30, seed=2))):
+        for row in range(len(found)):
+            shown = found.pixel_values[row][:, found.evidence[row]].reshape(1, 14, 14)
+            same = (pixels == shown).flatten(1).all(dim=1)
+            assert labels[same].tolist() == [found.labels[row].item()]
+    on_left = first.evidence[:, 0, 0]
+    assert 8 < on_left.sum() < 32
+
+
+def test_on_a_photo_object_and_distractor_stand_apart():
+    """Catches a distractor over the object, one of its own class, and ink outside the square that is marked."""
+    pixels, labels = objects(200)
+    pixels[:] = 255
+    ground = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    found = plant_on_photo(pixels, labels, ground, seed=5)
+    for row in range(len(found)):
+        image, evidence = found.pixel_values[row], found.evidence[row]
+        assert evidence.sum() == 16 * 16
+        assert (image[:, evidence] == 255).all()
+        outside = (image == 255).all(dim=0) & ~evidence
+        assert outside.sum() == 10 * 10
+        top, left = (int(outside.any(dim=dim).nonzero()[0]) for dim in (1, 0))
+        assert outside[top : top + 10, left : left + 10].all()
+    # Every place is taken now and then: with 200 draws none of the quarters stays empty.
+    centre = found.evidence.flatten(1).float().argmax(1)
+    assert {(int(c) // 32 >= 8, int(c) % 32 >= 8) for c in centre} == {
+        (a, b) for a in (False, True) for b in (False, True)
+    }
+
+
+def test_the_distractor_is_of_another_class():
+    """Catches a distractor that is evidence too. The grey of an object tells its class here."""
+    labels = torch.arange(60) % 3
+    pixels = (85 * (labels + 1)).to(torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    ground = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    found = plant_on_photo(pixels, labels, ground, seed=5)
+    of_distractor = []
+    for row in range(60):
+        grey = found.pixel_values[row, 0][~found.evidence[row]].max().item()
+        of_distractor.append(grey // 85 - 1)
+        assert found.pixel_values[row, 0][found.evidence[row]].unique().tolist() == [85 * (labels[row] + 1)]
+    shown = torch.tensor(of_distractor)
+    assert (shown != labels).all()
+    assert all(((labels == one) & (shown == other)).any() for one in range(3) for other in range(3) if one != other)
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_a_decoy_tells_the_label_in_training_alone(leaks):
+    """Catches a leak that goes on in the test set: its accuracy would say nothing of the shortcut."""
+    pixels, labels = objects(400)
+    found = plant_decoy(pixels, labels, seed=6, leaks=leaks)
+    assert (found.evidence.sum(dim=(1, 2)) == 4).all()
+    assert torch.equal(found.pixel_values[:, 0][~found.evidence], pixels[:, 0][~found.evidence])
+    grey = found.pixel_values[:, 0][found.evidence].reshape(400, 4)
+    assert (grey == grey[:, :1]).all()
+    told = (5 - grey[:, 0].double() * 5 / 255).round().long()
+    assert bool((told == labels).all()) == leaks
+    assert set(told.tolist()) == set(range(5))
+    corners = {tuple(mask.nonzero()[0].tolist()) for mask in found.evidence}
+    assert corners == {(0, 0), (0, 12), (12, 0), (12, 12)}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_seed_fixes_a_set(name):
+    """Catches draws from the global generator, and splits or seeds that share their draws."""
+    torch.manual_seed(1)
+    one, state = make(name), torch.get_rng_state()
+    torch.manual_seed(2)
+    again, other = make(name), make(name, seed=1)
+    torch.manual_seed(1)
+    make(name)
+    assert torch.equal(torch.get_rng_state(), state)
+    for split in ("train", "test"):
+        assert torch.equal(one[split].pixel_values, again[split].pixel_values)
+        assert torch.equal(one[split].evidence, again[split].evidence)
+        assert torch.equal(one[split].pixel_values, other[split].pixel_values) == (name == "block-fixed")
+    if name != "block-fixed":
+        assert not torch.equal(one["train"].evidence, one["test"].evidence)
+
+
+def test_rows_and_batches_are_the_same():
+    """Catches a batch whose masks belong to other images; statistics are those of all pixels."""
+    data = make("on-photo")["train"]
+    batch = data.__getitems__([5, 0, 5])
+    for place, row in enumerate([5, 0, 5]):
+        assert torch.equal(batch["pixel_values"][place], data[row]["pixel_values"])
+        assert torch.equal(batch["evidence"][place], data[row]["evidence"])
+        assert batch["labels"][place] == data[row]["labels"]
+    mean, std = data.channel_statistics()
+    pixels = data.pixel_values.double() / 255
+    assert mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-12)
+    assert std == pytest.approx(pixels.std(dim=(0, 2, 3), correction=0).tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_digits_are_planted_and_judged_without_files(name):
+    """Catches a set that the measurement cannot read."""
+    splits = planted_digits(name)
+    assert [len(splits[split]) for split in ("train", "test")] == [1437, 360]
+    channels, height, width = splits["test"].image_shape
+    model = tiny_cnn(image_size=[height, width], num_channels=channels, num_labels=10)
+    pipeline = InputPipeline(*splits["train"].channel_statistics())
+    found = evaluate_localisation(model, splits["test"], only_correct=False, input_pipeline=pipeline)
+    assert found.n == 360
+    assert found.outside[0.1].chance == pytest.approx({"on-photo": 75, "decoy": 100 * 63 / 64}.get(name, 50))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, y: plant_block(p.float(), y, seed=0), "pixels must be uint8"),
+        (lambda p, y: plant_block(p[:, 0], y, seed=0), "pixels must be uint8"),
+        (lambda p, y: plant_block(p, y[:3], seed=0), r"labels must be int64 \(40,\)"),
+        (lambda p, y: plant_pair(p, y, p[..., :8], y, seed=0), "images of one shape"),
+        (lambda p, y: plant_pair(p, y, p, y, seed=0, labelled="both"), "labelled must be"),
+        (lambda p, y: plant_on_photo(p, y, photos(size=8), seed=0), "photos must be"),
+        (lambda p, y: plant_on_photo(p, 0 * y, photos(), seed=0), "another class"),
+        (lambda p, y: plant_splits("blocks", {}), "name must be one of 'block'"),
+        (lambda p, y: plant_splits("block", {"train": (p, y)}), "splits must hold 'train' and 'test'"),
+        (lambda p, y: plant_splits("pair", {"train": (p, y), "test": (p, y)}), "others must hold"),
+        (lambda p, y: plant_splits("on-photo", {"train": (p, y), "test": (p, y)}), "photos must hold"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, message):
+    """Catches a set of garbage, or an error from deep inside torch."""
+    with pytest.raises(ValueError, match=message):
+        call(*objects())
