@@ -21,13 +21,13 @@ train: $(STAMP) ## Train a small network with SMOOT on scikit-learn's digits (te
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/train_digits.py
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-lowest: ## Run the tests against the lowest supported versions, in an environment of its own
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]'
-	$(LOWEST)/bin/python -m pytest -m "not slow"
+	$(LOWEST)/bin/python -m pytest -m "not slow" -n auto --dist loadfile
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
