@@ -7,7 +7,6 @@ two steps. What a page takes from outside lies in that folder: photographs in `p
 An HTML comment in the line above a block keeps it from being run, and must give the reason:
 
     <!-- not run: it installs 6 GB -->
-    <!-- pending: needs `smoot-hf train --recipe` -->     (a feature that is not there yet; it is run once this is gone)
 """
 
 import importlib
@@ -35,10 +34,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "bash", "diff", "text", "yaml", "bibtex"}
 HUB_ID = "facebook/deit-tiny-patch16-224"
 
-# Files and targets of the Makefile that the text names and that are yet to be added.
-PENDING_FILES = {"CONTRIBUTING.md", "AGENTS.md", "CITATION.cff"}
-PENDING_TARGETS = {"docs", "test-lowest"}
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # of the Hub's client
     pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*"),  # of tensors, given to the oldest
@@ -46,7 +41,7 @@ pytestmark = [
 ]
 
 # What stands right above a block; the reason is more than a word.
-_COMMENT = re.compile(r"<!-- (not run|pending): \S.{9,} -->\s*\Z")
+_COMMENT = re.compile(r"<!-- (not run): \S.{9,} -->\s*\Z")
 
 
 def name_of(page):
@@ -54,7 +49,7 @@ def name_of(page):
 
 
 def parse(page, parser):
-    """The blocks of a page, in order, each with what keeps it from being run: "not run", "pending" or `None`."""
+    """The blocks of a page, in order, each with what keeps it from being run: "not run" or `None`."""
     document = Document.parse(str(page), parser)
     comments = [_COMMENT.search(document.text[: example.region.start]) for example in document]
     return [(example, comment and comment[1]) for example, comment in zip(document, comments, strict=True)]
@@ -172,8 +167,8 @@ def test_flags_exist_also_in_lines_that_are_not_run(capsys):
     known["compare"] |= known["train"]
     seen = set()
     for page in PAGES:
-        for example, kept_back_by in parse(page, CodeBlockParser("bash", lambda example: None)):
-            for words in [] if kept_back_by == "pending" else shell_lines(example.parsed):
+        for example, _ in parse(page, CodeBlockParser("bash", lambda example: None)):
+            for words in shell_lines(example.parsed):
                 subcommand, rest = subcommand_of(words)
                 unknown = {word for word in rest if word.startswith("--")} - known.get(subcommand, set())
                 assert not unknown, f"{name_of(page)}: {shlex.join(words)}"
@@ -194,7 +189,7 @@ def test_relative_links_lead_to_files(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     relative = [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
     missing = {target for target in relative if not (page.parent / target).exists()}
-    assert missing <= PENDING_FILES
+    assert missing == set()
 
 
 def test_every_public_name_is_in_the_api_reference():
@@ -221,12 +216,7 @@ def test_every_make_target_that_is_named_exists():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE))
     assert {"train", "test"} <= named
-    assert named - make_targets() <= PENDING_TARGETS
-
-
-def test_nothing_that_is_there_is_called_pending():
-    assert not [name for name in PENDING_FILES if (ROOT / name).exists()]
-    assert not PENDING_TARGETS & make_targets()
+    assert named <= make_targets()
 
 
 def test_a_broken_block_is_found(tmp_path):

@@ -1,8 +1,8 @@
 """Every image classifier of transformers trains with SMOOT, or is refused for a stated reason.
 
-`pytest -m slow tests/compatibility/test_sweep.py` runs all architectures; without `-m slow`, a subset that varies in
-what matters: convolutions and attention, batch statistics, dropout and stochastic depth, windows, two heads, towers, other
-inputs.
+`pytest -m slow tests/compatibility/test_sweep.py` runs all architectures. Without `-m slow` a subset runs that varies
+in what matters: convolutions and attention, batch statistics, dropout and stochastic depth, windows, two heads, towers,
+other inputs.
 """
 
 import re
