@@ -215,7 +215,7 @@ def run_without_torch(folder, *argv):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_are_checked_before_anything_slow_is_imported(name, tmp_path):
     """Fault: twenty seconds of importing before a misspelled flag is told, or --help shown."""
-    takes_words = name.split()[-1] in ("evaluate", "demo")
+    takes_words = name.split()[-1] in ("evaluate", "demo", "campaign")
     wrong = ["x", "--dataset", "y", "--prt", "1"] if takes_words else ["--lerning_rate", "1"]
     for argv, code, expected in ((["--help"], 0, "usage: "), (wrong, 2, wrong[-2])):
         done = run_without_torch(tmp_path, *COMMANDS[name], *argv)
