@@ -1,4 +1,4 @@
-"""From uint8 batches to the model's input, on the device: augmentation, normalisation, resizing."""
+"""The input pipeline: augmentation, normalisation and resizing of uint8 batches, on the device of the model."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Evaluation data: a data set in batches, and each batch with what a curve takes."""
+"""Ranked batches: the images of an evaluation in batches, with their outputs, attributions and fills."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,8 +145,7 @@ def check_dataset(dataset: Any) -> None:
         raise ValueError(
             f"dataset must be one data set, got a {kind} of {len(names)}, {names[:10]}: pass one of them, dataset[name]"
         )
-    has_rows = hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")
-    if not hasattr(dataset, "__len__") or not has_rows or isinstance(dataset, IterableDataset):
+    if not has_index(dataset):
         raise ValueError(f"dataset must have a length and an index, got a {kind}: load it with streaming=False")
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one image, got an empty one")

@@ -75,8 +75,10 @@ def randomized_weights_correlation(
         model: as in `evaluate_faithfulness`, like every argument that is not listed here. It works on a copy.
         dataset: a few hundred images are enough.
         attribution: a method of `attributions.attribute`.
-        randomization: `"full"`: all weights at once, see `reinitialize`. `"cascading"`: module by module, the last one
-            first, each on top of those before; costs one pass over the data for every module that has weights.
+        randomization: `"full"`: all weights at once, see `reinitialize`. `"cascading"`: the cascading
+            randomization of Adebayo et al., which shows on how many of the last layers a map depends. The modules get
+            new weights one after the other, from the output to the input, and keep them; costs one pass over the data
+            for every module that has weights.
         score: whose gradient it is.
         signed: rank by the signed value, or by the magnitude.
         input_pipeline: normalises, and resizes to the model's input.

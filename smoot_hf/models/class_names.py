@@ -1,4 +1,4 @@
-"""Class names, where two numberings of the same classes meet: files, splits, data and a model. They meet by name."""
+"""Class names: files, splits and models that number the same classes differently are matched by the names."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The logits of a model, whatever it returns, read in one way for training and evaluation."""
+"""The logits of a classifier: one forward pass, and reading the logits from whatever the model returns."""
 
 import inspect
 from collections.abc import Callable, Mapping

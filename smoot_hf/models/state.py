@@ -1,4 +1,4 @@
-"""The state of a model and of the random generators, which a measurement leaves as it found them."""
+"""The state of a model and of the random generators, which is restored after a measurement."""
 
 import contextlib
 import random
