@@ -28,7 +28,7 @@ def read_image_processor(processor: Any) -> dict[str, Any]:
     """The fields of `InputPipeline` that stand for an image processor of transformers or timm's wrapper.
 
     Raises:
-        ValueError: it does what the pipeline cannot, by the name of its attribute.
+        ValueError: it does something that the pipeline cannot; the message names its attribute.
     """
     return _read_timm(processor) if hasattr(processor, "data_config") else _read_transformers(processor)
 

@@ -1,4 +1,4 @@
-"""Sanity check of saliency maps: with other weights they must look different (Adebayo et al., NeurIPS 2018)."""
+"""Sanity check: whether saliency maps change with the weights of the model (Adebayo et al., NeurIPS 2018)."""
 
 import copy
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def randomized_weights_correlation(
 ) -> WeightRandomization:
     """Rank correlation of a model's attributions with those of the same architecture with re-initialised weights.
 
-    An attribution that stays the same shows the images, not what the model learned.
+    An attribution that stays the same depends on the images alone, and not on what the model has learned.
 
     Args:
         model: as in `evaluate_faithfulness`, like every argument that is not listed here. It works on a copy.
