@@ -1,4 +1,4 @@
-"""Names that nobody vouches for (of classes, data sets, models), written so that they stay text where they are shown.
+"""Escaping of names from outside (of classes, data sets, models), so that they are shown as plain text.
 
 A class name of a downloaded data set may hold anything: Markdown, HTML, TeX, line breaks. HTML is left to
 `html.escape`, YAML to the Hub's `ModelCardData`, shell lines to `shlex`.

@@ -88,9 +88,9 @@ def outside(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory):
+def shell(outside, tmp_path_factory):
     """The folder that the command lines of all pages run in, and those that have been run: the same line runs once."""
-    return tmp_path_factory.mktemp("shell"), []
+    return shutil.copytree(outside, tmp_path_factory.mktemp("shell"), dirs_exist_ok=True), []
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""From data sets on the Hub or in folders to batches that a model takes."""
+"""Image data sets: loading them, decoding their images once, and preparing batches for a model."""
 
 from .dataset import load_image_dataset
 from .decoded_images import DecodedImages, decode_images

@@ -1,4 +1,4 @@
-"""An image classification data set: its splits as they are stored, its columns and its class names."""
+"""An image classification data set: loading its splits, finding its columns, numbering its classes."""
 
 import glob
 import logging
@@ -17,6 +17,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from huggingface_hub import constants
 from PIL import Image
 
+from ..errors import first_line
 from ..models.class_names import numbers_by_name
 
 logger = logging.getLogger(__name__)
@@ -174,10 +175,9 @@ def load_splits(name_or_path: str, train_split: str) -> StoredSplits:
         builder.download_and_prepare()
         return StoredSplits(builder.as_dataset(), _files_with_schema(builder), unlabelled)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         is_here = os.path.exists(name_or_path)
         remedy = "mend or replace its files" if is_here else "--dataset takes a local directory as well"
-        raise OSError(f"cannot load the data set {name_or_path!r} ({reason}): {remedy}") from error
+        raise OSError(f"cannot load the data set {name_or_path!r} ({first_line(error)}): {remedy}") from error
 
 
 def number_as_features(split: Dataset, files: Sequence[str], label_column: str) -> Dataset:

@@ -1,6 +1,5 @@
-"""Images decoded once into uint8 rows, and fetched a batch at a time."""
+"""Decoded images: a data set decoded once into rows of uint8, and fetched a batch at a time."""
 
-import logging
 import math
 import os
 import re
@@ -18,12 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..fingerprint import dataset_fingerprint
-from .dataset import (
-    IMAGE,
-    LABELS,
-    PIXELS,
-    number_as,
-)
+from .dataset import IMAGE, LABELS, PIXELS, number_as
 
 # What shows through where an image is transparent. Drawings on nothing are mostly dark, and on paper white.
 BACKGROUND = "white"
@@ -141,8 +135,6 @@ def _place(value: dict[str, Any], split: str, row: int) -> str:
     where = f" ({value['path']})" if value.get("path") else ""
     return f"the image in row {row} of split {split!r}{where}"
 
-
-logger = logging.getLogger(__name__)
 
 # What is held in memory of the decoded images at a time, and the size of a piece of the cache.
 _CHUNK_BYTES = 16 * 2**20

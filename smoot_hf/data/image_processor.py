@@ -1,4 +1,4 @@
-"""Image processors: what one does to an image, as fields of an `InputPipeline`, and what is published."""
+"""Image processors: reading one into the fields of an `InputPipeline`, and checking the one that is published."""
 
 import math
 from typing import Any, Literal, get_args
@@ -9,6 +9,8 @@ from transformers.utils import logging
 
 from ..errors import first_line
 from ..models.state import random_state_kept
+
+logger = logging.get_logger(__name__)
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 INTERPOLATIONS = get_args(Interpolation)
@@ -26,7 +28,7 @@ def read_image_processor(processor: Any) -> dict[str, Any]:
     """The fields of `InputPipeline` that stand for an image processor of transformers or timm's wrapper.
 
     Raises:
-        ValueError: it does what the pipeline cannot, by the name of its attribute.
+        ValueError: it does something that the pipeline cannot; the message names its attribute.
     """
     return _read_timm(processor) if hasattr(processor, "data_config") else _read_transformers(processor)
 
@@ -101,9 +103,6 @@ def _read_normalization(processor: Any) -> dict[str, tuple[float, ...]]:
     std = processor.image_std if normalizes else [1.0] * len(mean)
     scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", False) else 255.0
     return {"mean": tuple(value / scale for value in mean), "std": tuple(value / scale for value in std)}
-
-
-logger = logging.get_logger(__name__)
 
 
 def processor_agrees(trainer: Any) -> bool | None:

@@ -1,4 +1,4 @@
-"""From uint8 batches to the model's input, on the device: augmentation, normalisation, resizing."""
+"""The input pipeline: augmentation, normalisation and resizing of uint8 batches, on the device of the model."""
 
 import math
 from dataclasses import dataclass
@@ -31,18 +31,18 @@ _AUGMENTATION_STREAM = 0x6175676D656E74
 class InputPipeline:
     """What an image processor does, in batches on the images' device, and the augmentation of training.
 
-    All methods take or give batches (B, C, H, W); none waits for the device, but for evaluation where it resizes by
-    Pillow, on the CPU. Random numbers are a function of (seed, epoch, sample), so a sample is augmented in the same way
-    whatever the batch or the number of processes.
+    All methods take or give batches (B, C, H, W). None waits for the device, with one exception: an evaluation that
+    resizes by Pillow, which runs on the CPU. Random numbers are a function of (seed, epoch, sample), so a sample is
+    augmented in the same way whatever the batch or the number of processes.
 
     Attributes:
-        mean: of each channel, of pixels / 255.
-        std: the same, the standard deviation; positive.
-        size: resize to this (height, width); a single number is the length of the shorter side; `None`: native.
+        mean: mean of each channel, of pixels / 255.
+        std: standard deviation of each channel, of pixels / 255; positive.
+        size: (height, width) to resize to, or the length of the shorter side; `None` keeps the native size.
         interpolation: of resizing; antialiased, except for "nearest".
-        resized_by: whose 8-bit arithmetic evaluation resizes by, "torchvision" (transformers) or "pillow" (timm): they
-            differ by up to two of the 256 grey values.
-        crop_size: keep this (height, width) from the centre, after resizing; `None`: everything.
+        resized_by: library that resizes the 8-bit images of an evaluation, "torchvision" (as transformers does) or
+            "pillow" (as timm does). The two differ by up to two of the 256 grey values.
+        crop_size: (height, width) to crop from the centre after resizing; `None`: no crop.
         crop_rounding: where the margin is odd, "floor" puts the crop higher and further left (transformers), "round"
             rounds half to even (torchvision, timm).
         crop_padding: augmentation: random crop of the native size after padding each side by that many black pixels.
@@ -80,8 +80,9 @@ class InputPipeline:
     ) -> Self:
         """The pipeline that gives, at evaluation, what an image processor gives.
 
-        Both are run on one random image. The results agree to 1e-6, also with timm's, which resizes by Pillow; with
-        other processors that do, by up to two of the 256 grey values, since torchvision rounds differently.
+        The pipeline and the processor are both run on one random image, and refused where they differ. They agree to
+        1e-6. Processors of transformers that resize by Pillow differ by up to two of the 256 grey values, since
+        torchvision rounds differently.
 
         Args:
             processor: an image processor of transformers (fixed size, shorter side and centre crop, ConvNeXT's
@@ -91,7 +92,7 @@ class InputPipeline:
             seed: as the attribute.
 
         Raises:
-            ValueError: the processor does what the pipeline cannot, by the name of its attribute.
+            ValueError: the processor does something that the pipeline cannot; the message names its attribute.
         """
         fields = read_image_processor(processor)
         pipeline = cls(**fields, crop_padding=crop_padding, horizontal_flip=horizontal_flip, seed=seed)
@@ -126,7 +127,7 @@ class InputPipeline:
         return pixel_values.to(torch.float32).sub_(mean).div_(std)
 
     def resize(self, images: Tensor) -> Tensor:
-        """Bring images to the size of the model's input; differentiable, and the same tensor where nothing changes.
+        """Resize and crop images to the size of the model's input; differentiable. An image of that size is kept.
 
         Float pixels are neither rounded nor clamped, so the result differs from `prepare_evaluation` by up to one of
         the 256 grey values, and by more at edges with "bicubic", which overshoots.

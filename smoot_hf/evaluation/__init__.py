@@ -1,14 +1,16 @@
-"""How faithful the saliency of a classifier is, however it was trained."""
+"""Evaluation of the saliency of any image classifier: faithfulness, localisation, comparisons, sanity checks, results."""
 
 from .attributions import attribute
 from .comparison import PairedDifference, compare_faithfulness
 from .convention import Convention
 from .faithfulness import Curve, Faithfulness, evaluate_faithfulness
 from .image_classes import ImageClasses, find_image_classes
+from .intervals import mean_interval
 from .localisation import Localisation, compare_localisation, evaluate_localisation, on_shared_images
 from .metrics import metric_path
-from .results import Results, load_results
-from .sanity_check import randomized_weights_correlation
+from .ranked_batches import NothingToMeasureError
+from .results import Measurement, Results, Row, load_results
+from .sanity_check import WeightRandomization, randomized_weights_correlation
 
 __all__ = [
     "Convention",
@@ -16,8 +18,12 @@ __all__ = [
     "Faithfulness",
     "ImageClasses",
     "Localisation",
+    "Measurement",
+    "NothingToMeasureError",
     "PairedDifference",
     "Results",
+    "Row",
+    "WeightRandomization",
     "attribute",
     "compare_faithfulness",
     "compare_localisation",
@@ -25,6 +31,7 @@ __all__ = [
     "evaluate_localisation",
     "find_image_classes",
     "load_results",
+    "mean_interval",
     "metric_path",
     "on_shared_images",
     "randomized_weights_correlation",

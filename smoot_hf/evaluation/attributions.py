@@ -56,8 +56,8 @@ def attribute(
 ) -> Tensor:
     """Importance of every position of every image for the score of one class.
 
-    What is measured against a reference (integrated gradients, gradient SHAP, DeepLIFT) takes the zero image: after
-    the usual normalisation the mean of the training set. The model should be in eval mode.
+    Integrated gradients, gradient SHAP and DeepLIFT compare with a reference image. It is zero everywhere, which after
+    the usual normalisation is the mean of the training set. The model should be in eval mode.
 
     | method | definition |
     |---|---|

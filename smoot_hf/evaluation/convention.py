@@ -1,4 +1,4 @@
-"""The convention of a faithfulness measurement: what must be known of a number before it is compared with another."""
+"""The convention of a faithfulness measurement: every choice that a deletion or insertion area depends on."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,8 +31,9 @@ class Convention:
         fill: what replaces a removed pixel, see `functional.removal.removal_fill`.
         fractions: removed (insertion: restored) fractions of the positions, rising; the first and the last are the end
             points. Each becomes floor(fraction * H * W) positions.
-        normalisation: `"none"`: area by trapezoid over the true fractions; `"span"`: the same divided by their span,
-            which is the mean height of the curve.
+        normalisation: `"none"`: the area by the trapezoid rule over the true fractions. `"span"`: this area divided by
+            the distance of the end points, which is the mean height of the curve. Published code that divides by the
+            number of steps, as that of RISE does, reports this; from 0 to 100 % both are the same.
 
     Raises:
         ValueError: a field outside its choices, or fractions that do not rise within [0, 1].
@@ -88,7 +89,7 @@ class Convention:
 
 DEFAULT = Convention()
 # The paper's tables: magnitude of the log-probability's gradient, 0 to 90 % in steps of ten. The paper does not say
-# whether its area is divided by the span of the fractions, 0.9; ours is not (`normalisation="span"` divides it).
+# whether its area is divided by the distance of the end points, 0.9. Here it is not; `normalisation="span"` divides it.
 PAPER = Convention(score="log_prob", fractions=even_fractions(9, 0.9))
 
 PRESETS = {"default": DEFAULT, "paper": PAPER}

@@ -133,7 +133,7 @@ class Faithfulness:
 
     @property
     def random_auc(self) -> float | None:
-        """Area under the deletion curve of a random ranking: what `deletion_auc` must be below to mean anything."""
+        """Area under the deletion curve of a random ranking. `deletion_auc` should be below it."""
         return None if self.random is None else self.random.auc
 
     @property
@@ -207,7 +207,7 @@ def evaluate_faithfulness(
     autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Faithfulness:
-    """Measure how faithful a model's attributions are: what is left of its accuracy when what they point at is removed.
+    """Measure how faithful a model's attributions are, by removing and restoring pixels in the order that they give.
 
     One pass over the data. Each image costs the attribution, one unmasked forward pass (shared with the attribution, if
     that is the gradient) and, for every curve, one for each fraction in between; the fill alone is shared. The model

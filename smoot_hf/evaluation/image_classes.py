@@ -1,4 +1,4 @@
-"""Image classes I and II: images that masking hurts at once, and those that it helps first (the paper's Figure 1)."""
+"""Image classes I and II: images whose prediction masking only makes worse, and images that it helps (Figure 1)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,16 +31,16 @@ class ImageClasses:
     An image is of class II where masking helps: at some masked fraction the probability of its target is, by more than
     `margin`, above that of the unmasked image *and* above `floor`. Else it is of class I.
 
-    The paper tells the classes apart by eye, with any rise; that reading is `is_raised` and `share_raised`. It counts
-    images that the model gets wrong and that only fall back to chance as nothing is left of them: a model that knows
-    nothing raises the label of every image that it is against, which is no help but the end of all evidence.
+    The paper tells the classes apart by eye and counts every rise; `is_raised` and `share_raised` do so. That reading
+    also counts images that the model gets wrong, and whose probability only returns to chance once the whole image is
+    masked. Masking has not helped there: the evidence for the wrong class is gone, and so is all other evidence.
 
     Attributes:
         fractions: float64 (S+1,), the true masked fractions, from 0.
         probability: float32 (n, S+1), probability of the target, in [0, 1].
         is_correct: bool (n, S+1), whether the target has the highest output.
-        floor: float32 (n,), what the target gets without any evidence: its probability for the fill alone, or one over
-            the number of classes, whichever is higher.
+        floor: float32 (n,), the probability of the target without an image: that for the fill alone, or one over the
+            number of classes, whichever is higher.
         margin: the rise that counts, in [0, 1).
         sample_idx: int64 (n,), rows of the images.
         nan_skipped: images left out because their attribution holds a NaN.

@@ -13,9 +13,9 @@ from ..fingerprint import dataset_fingerprint
 class ImageIdentity:
     """The fingerprint of a data set, or of the images and labels that it gave where the data set has none.
 
-    A list of samples or a data set of the user's own says nothing of its content: two test sets of one length look the
-    same. Their images and labels are hashed as they are read, before any normalisation, so that models with
-    input pipelines of their own can be compared on them.
+    A list of samples, or a data set of the user's own, has no fingerprint that depends on its content. Its images and
+    labels are hashed as they are read, before any normalisation, so that models with different input pipelines can be
+    compared on it.
 
     Args:
         dataset: the data set that is measured.

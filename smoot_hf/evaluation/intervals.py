@@ -1,4 +1,4 @@
-"""Intervals: how far a mean over images or seeds could have come out otherwise."""
+"""Confidence intervals of a mean over images or over seeds."""
 
 from collections.abc import Sequence
 
@@ -19,8 +19,8 @@ def mean_interval(
 
     Values that all lie at one end of their range or the other (right or wrong, hit or miss) are counted: the interval
     is that of Clopper and Pearson, which covers at least 95 % at every n. Everything else takes Student's t, cut at the
-    bounds. Over images, it speaks of the choice of the images alone; how much a training method varies shows over seeds
-    only.
+    bounds. An interval over images covers the choice of the images alone. How much a training method varies can be
+    measured over seeds only.
 
     Measured coverage in percent, over 20,000 samples; in brackets that of the percentile bootstrap over 1,500 samples.
     "Even areas" are those of images that turn wrong at any of ten steps alike, or never are right; of "skewed areas"
@@ -48,7 +48,7 @@ def mean_interval(
 
     Returns:
         Lower and upper end. `None` for fewer than 2 values, for values that are not all finite, and for equal values
-        short of their bounds: they say nothing about their spread, and an interval without width would claim certainty.
+        short of their bounds: their spread is not known, and an interval without width would claim certainty.
 
     Raises:
         ValueError: values that are not (n,), or lie outside the bounds, or bounds that do not rise.

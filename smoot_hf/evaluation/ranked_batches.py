@@ -1,4 +1,4 @@
-"""Evaluation data: a data set in batches, and each batch with what a curve takes."""
+"""Ranked batches: the images of an evaluation in batches, with their outputs, attributions and fills."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,13 +90,13 @@ def data_batches(
 ) -> Iterator[DataBatch]:
     """One pass over a data set, in order, on the model's device, with a progress bar.
 
-    The default loader of torch is left out on purpose: it draws from the global random generator.
+    No `DataLoader` of torch is used, because it draws from the global random generator.
 
     Args:
         dataset: has a length, and rows that are dicts of `pixel_values` and `labels` (or `label`), or (image, label)
             pairs. A `__getitems__` is used where there is one; it gives a list of such rows, or one dict of batched
-            tensors. With a `data_collator` the rows are whatever that takes.
-        model: says the device and the floating-point type.
+            tensors. With a `data_collator` the rows are of any kind that it takes.
+        model: the images are moved to its device and converted to its floating-point type.
         input_pipeline: its `normalize` takes uint8 `pixel_values` to normalised images; `None` where they are already.
         data_collator: takes what the data set gives for a list of rows, and returns a dict of `pixel_values`
             (B, C, H, W) and labels (B,), every row kept; `None`: the rows are stacked.
@@ -129,7 +129,7 @@ def data_batches(
 
 
 def check_dataset(dataset: Any) -> None:
-    """Refuse what has no rows that can be named, and what is often passed in the place of a data set.
+    """Refuse a data set without length and index, and what is often passed in the place of a data set.
 
     Raises:
         ValueError: saying what to pass.
@@ -145,16 +145,19 @@ def check_dataset(dataset: Any) -> None:
         raise ValueError(
             f"dataset must be one data set, got a {kind} of {len(names)}, {names[:10]}: pass one of them, dataset[name]"
         )
-    has_rows = hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")
-    if not hasattr(dataset, "__len__") or not has_rows or isinstance(dataset, IterableDataset):
+    if not has_index(dataset):
         raise ValueError(f"dataset must have a length and an index, got a {kind}: load it with streaming=False")
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one image, got an empty one")
 
 
 def has_index(dataset: Any) -> bool:
-    """Whether a data set has a length and rows that can be named; torch gives streams a `__getitem__` that raises."""
-    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    """Whether a data set has a length, and rows that are asked for by number, one at a time or several at once.
+
+    An `IterableDataset` has none, although torch gives it a `__getitem__`, which raises.
+    """
+    has_rows = hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__")
+    return has_rows and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
 def evenly_spread(dataset: Any, count: int) -> Subset:
@@ -267,8 +270,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 def is_ranked(is_nan: Tensor, is_flat: Tensor, convention: Convention) -> Tensor:
     """Which images count, bool (n,) on the CPU: those whose attribution ranks the positions.
 
-    A NaN has no rank, and a flat map, one value everywhere, gives that of removing the pixels row by row. How many
-    images are left out for either reason is logged as a warning.
+    A NaN has no rank, and a flat map, with one value everywhere, would remove the pixels row by row. The number of
+    images that are left out for either reason is logged as a warning.
 
     Args:
         is_nan: bool (n,), the attribution holds a NaN.

@@ -1,4 +1,4 @@
-"""results.json: numbers with everything that they depend on, and the tables made from them."""
+"""Results: measured numbers with everything that they depend on, the file results.json, and tables of them."""
 
 import json
 import math
@@ -108,7 +108,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """What a recipe found: the content of results.json."""
+    """What a run or an evaluation has measured: the content of results.json."""
 
     task: str
     settings: Mapping[str, Any]
@@ -129,7 +129,7 @@ class Results:
         """Write results.json.
 
         Raises:
-            ValueError: the content does not keep to the schema or JSON, by the place that does not.
+            ValueError: the content does not keep to the schema or is no JSON; the message names the place.
         """
         content = self.to_dict()
         validate(content)
@@ -196,7 +196,7 @@ def left_out_notes(rows: Sequence[Row]) -> list[str]:
 
     Args:
         rows: of faithfulness, with their measurements by seed in the details, and of image classes and random weights,
-            with theirs as `recipes/evaluate_faithfulness.py` writes them. Other rows are passed over.
+            with theirs as `smoot-hf evaluate` writes them. Other rows are passed over.
     """
     return [
         f"{row.name}{seed}{_fill(row.convention)}: {sentence}"
@@ -243,8 +243,9 @@ def load_results(path: str | Path) -> Results:
     A file of an older version may not say which data set was measured; a warning names its rows.
 
     Raises:
-        OSError: no file that can be read.
-        ValueError: no JSON, another version, or a place that does not keep to the schema, by its name and the file's.
+        OSError: the file cannot be read.
+        ValueError: the file is no JSON, is of another version, or does not keep to the schema; the message names the
+            file and the place in it.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
@@ -291,7 +292,7 @@ def validate(content: Any) -> None:
     """Check the content of results.json against the schema.
 
     Raises:
-        ValueError: the first place that does not keep to it.
+        ValueError: the content does not keep to it; the message names the first place.
     """
     if isinstance(content, dict) and content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         given = reprlib.repr(content["schema_version"])

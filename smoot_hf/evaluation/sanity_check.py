@@ -1,4 +1,4 @@
-"""Sanity check of saliency maps: with other weights they must look different (Adebayo et al., NeurIPS 2018)."""
+"""Sanity check: whether saliency maps change with the weights of the model (Adebayo et al., NeurIPS 2018)."""
 
 import copy
 from dataclasses import dataclass
@@ -69,14 +69,16 @@ def randomized_weights_correlation(
 ) -> WeightRandomization:
     """Rank correlation of a model's attributions with those of the same architecture with re-initialised weights.
 
-    An attribution that stays the same shows the images, not what the model learned.
+    An attribution that stays the same depends on the images alone, and not on what the model has learned.
 
     Args:
         model: as in `evaluate_faithfulness`, like every argument that is not listed here. It works on a copy.
         dataset: a few hundred images are enough.
         attribution: a method of `attributions.attribute`.
-        randomization: `"full"`: all weights at once, see `reinitialize`. `"cascading"`: module by module, the last one
-            first, each on top of those before; costs one pass over the data for every module that has weights.
+        randomization: `"full"`: all weights at once, see `reinitialize`. `"cascading"`: the cascading
+            randomization of Adebayo et al., which shows on how many of the last layers a map depends. The modules get
+            new weights one after the other, from the output to the input, and keep them; costs one pass over the data
+            for every module that has weights.
         score: whose gradient it is.
         signed: rank by the signed value, or by the magnitude.
         input_pipeline: normalises, and resizes to the model's input.

@@ -1,4 +1,4 @@
-"""Any image classifier, loaded or made from scratch: its logits, its state, and the paper's convolutional network."""
+"""Image classifiers: loading any of them, reading their logits, and the paper's convolutional network."""
 
 from .classifier import load_image_processor, load_model
 from .logits import LogitsModel

@@ -1,4 +1,4 @@
-"""Class names, where two numberings of the same classes meet: files, splits, data and a model. They meet by name."""
+"""Class names: files, splits and models that number the same classes differently are matched by the names."""
 
 import copy
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def numbers_by_name(names: Sequence[str], numbered: Sequence[str]) -> list[int]:
     """The number of each of `names` in `numbered`.
 
     Raises:
-        ValueError: a name is not in `numbered`, or one stands twice in either of them; with both orders.
+        ValueError: a name is not in `numbered`, or occurs twice in one of the two lists; the message has both.
     """
     number = {name: index for index, name in enumerate(numbered)}
     if not number.keys() >= set(names) or len(number) < len(numbered) or len(set(names)) < len(names):
@@ -24,7 +24,7 @@ def numbers_by_name(names: Sequence[str], numbered: Sequence[str]) -> list[int]:
 
 
 def class_names(config: Any) -> list[str]:
-    """Names of the classes that a model's configuration says, in the order of its logits."""
+    """Names of the classes in a model's configuration, in the order of its logits."""
     names = config.id2label or {}
     return [str(names.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
 
@@ -32,8 +32,8 @@ def class_names(config: Any) -> list[str]:
 def adopt_numbering(model: PreTrainedModel, theirs: Sequence[str], labels: Sequence[str], name: str) -> None:
     """Before training: give each of `labels` the weights that a loaded head has for the class of that name.
 
-    The head's rows are permuted where both have the same names in another order. Where the names are others, the rows
-    stay as initial weights, with a warning: training gives them their new meaning.
+    The rows of the head are permuted if both have the same names in different orders. If the names differ, the rows are
+    kept as initial weights, with a warning.
 
     Args:
         model: of as many classes as there are `labels`.
@@ -53,8 +53,9 @@ def adopt_numbering(model: PreTrainedModel, theirs: Sequence[str], labels: Seque
 def match_numbering(model: PreTrainedModel, labels: Sequence[str], name: str) -> None:
     """Before evaluation: let a trained model number its classes as the data do.
 
-    Its head's rows are permuted, and its configuration renamed, where both have the same names in another order. Where
-    the model has no names, or none that the data know, classes are taken by number; the latter with a warning.
+    The rows of its head are permuted, and its configuration is renamed, if both have the same names in different
+    orders. If the model has no class names, or none of those of the data, classes are matched by number; in the second
+    case with a warning.
 
     Args:
         model: a trained classifier.

@@ -1,4 +1,4 @@
-"""Models: the paper's convolutional network, DeiT-tiny, and any image classifier of transformers or timm."""
+"""An image classifier and its image processor: loaded from a checkpoint, or made with random weights."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from ..errors import first_line
 from .class_names import adopt_numbering, class_names
 from .grey_image_processor import GreyImageProcessor
 from .modeling_smoot_cnn import PaperCnnConfig, PaperCnnForImageClassification
@@ -92,11 +93,11 @@ def load_model(
             _checkpoint(name), config=config, ignore_mismatched_sizes=True
         )
     except ImportError as error:
-        reason = _first_line(error).partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         raise ImportError(f"cannot build {name!r}, a {config.model_type!r}: {reason}. Install it first") from error
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"cannot load the weights of {name!r} ({_first_line(error)}): fetch or save them again, or train "
+            f"cannot load the weights of {name!r} ({first_line(error)}): fetch or save them again, or train "
             "--from_scratch"
         ) from error
     if len(trained_for) == len(labels):
@@ -149,7 +150,7 @@ def load_image_processor(
         return AutoImageProcessor.from_pretrained(_checkpoint(name))
     except OSError as error:
         raise OSError(
-            f"model {name!r} comes without an image processor ({_first_line(error)}): save one beside it"
+            f"model {name!r} comes without an image processor ({first_line(error)}): save one beside it"
         ) from error
 
 
@@ -163,16 +164,12 @@ def _config_size(image_size: tuple[int, int]) -> int | list[int]:
     return height if height == width else [height, width]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _load_config(checkpoint: str) -> Any:
     try:
         return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"cannot load the model {checkpoint!r} ({_first_line(error)}): --model takes a local directory as well"
+            f"cannot load the model {checkpoint!r} ({first_line(error)}): --model takes a local directory as well"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The image processor of models of one channel, which makes grey of colours.
+"""The image processor of models that take one channel: it converts colours to grey.
 
 `pipeline` gives every image in three channels. This file travels with every model saved beside it, for machines
 without smoot_hf (`trust_remote_code=True`): it imports transformers alone, and nothing beside it.

@@ -1,4 +1,4 @@
-"""The logits of a model, whatever it returns, read in one way for training and evaluation."""
+"""The logits of a classifier: one forward pass, and reading the logits from whatever the model returns."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ def run_classifier(
         images: (B, C, H, W).
         other_inputs: further keyword arguments of the model.
         by_name: pass the images as `pixel_values=`, or (`False`) as the first argument; see `takes_pixel_values`.
-        num_labels: number of the model's classes, `None` where nothing says it.
+        num_labels: number of the model's classes; `None` if it is not known.
 
     Returns:
         The model's own output, and its logits (B, classes).
@@ -39,12 +39,12 @@ def run_classifier(
 def logits_of(outputs: Any, batch_size: int, num_labels: int | None = None) -> Tensor:
     """The logits in a model's output: its entry or attribute `logits`, or the output itself if it is a tensor.
 
-    A tuple is refused: which of its entries holds the logits is known to the model alone.
+    A tuple is refused, because nothing says which of its entries holds the logits.
 
     Args:
         outputs: what the model returned.
         batch_size: B, the number of images that it was given.
-        num_labels: number of its classes, `None` where nothing says it.
+        num_labels: number of its classes; `None` if it is not known.
 
     Raises:
         ValueError: it has none, or they are not floating point (B, classes).
@@ -71,7 +71,7 @@ def logits_of(outputs: Any, batch_size: int, num_labels: int | None = None) -> T
 
 
 def no_logits(outputs: Any) -> str:
-    """What to say of an output that has no logits."""
+    """The message of the error about an output that has no logits."""
     return (
         f"the model's output ({type(outputs).__name__}) has no 'logits': return a ModelOutput or a dict with "
         "logits of shape (B, classes)"
@@ -112,9 +112,9 @@ AttributionScore = Literal["logit", "log_prob"]
 
 
 class LogitsModel(nn.Module):
-    """A classifier as a function from native-resolution images to a plain (B, classes) tensor.
+    """A classifier as a function from images of native resolution to a plain tensor (B, classes).
 
-    Serves evaluation and captum alike: captum fails on the `ModelOutput` of `transformers` and timm wrappers.
+    Evaluation and captum both use it: captum fails on the `ModelOutput` of `transformers` and timm wrappers.
 
     Args:
         model: returns a `ModelOutput` or a dict with `logits` (B, classes), or the logits alone. It gets the images as

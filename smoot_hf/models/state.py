@@ -1,4 +1,4 @@
-"""The state of a model and of the random generators, which a measurement leaves as it found them."""
+"""The state of a model and of the random generators, which is restored after a measurement."""
 
 import contextlib
 import random
@@ -43,7 +43,7 @@ def _is_convolution_on_cpu(parameter: nn.Parameter) -> bool:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode, with gradients enabled; put everything back on leaving, also on an error.
 
-    A caller within `torch.no_grad` or `torch.inference_mode` gets the gradients that an attribution takes all the same.
+    Gradients are enabled also if the caller is within `torch.no_grad` or `torch.inference_mode`.
 
     Restored: the training flag of every module (a frozen BatchNorm in a model that trains keeps its own), the gradient
     of every parameter, and the global random states of Python, NumPy and torch on the CPU and the model's device. On a

@@ -39,7 +39,7 @@ from .files import FIGURE_NAMES, FIGURES
 logger = logging.get_logger(__name__)
 
 _SHOWN_IMAGES = 8
-# In an entry of the log: the evaluation was of other data than the trainer's evaluation set.
+# Key of an entry of the log whose evaluation was of other data than the trainer's evaluation set.
 OF_OTHER_DATA = "of_other_data"
 # Of an evaluation: how long it took, and when.
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "step")
@@ -56,7 +56,7 @@ class Examples(NamedTuple):
 def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (), **given: Any) -> None:
     """Write `README.md`, `figures/` and `results.json` into the trainer's output folder.
 
-    What of the figures cannot be drawn for want of an evaluation set is left out, with a warning.
+    A figure that cannot be drawn, because there is no evaluation set or no matplotlib, is left out with a warning.
 
     Args:
         trainer: a `SmootTrainer`.
@@ -64,7 +64,7 @@ def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (),
         **given: the arguments of `SmootTrainer.create_model_card`.
 
     Raises:
-        SaveError: the folder cannot be written to. What the model or the data raise passes as it is.
+        SaveError: the folder cannot be written to. Errors of the model or of the data are not changed.
     """
     folder = Path(trainer.args.output_dir)
     is_peft = _is_adapter(trainer)
@@ -85,14 +85,14 @@ def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (),
 
 
 def check_card_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse what `create_model_card` does not take, before anything is done.
+    """Refuse arguments that `create_model_card` does not take, before anything is done.
 
     Args:
         function: the trainer's own.
         given: the arguments of a push.
 
     Raises:
-        TypeError: an argument is not the function's.
+        TypeError: the function does not take one of the arguments.
     """
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -1,6 +1,6 @@
 """The figures of a model card: the histogram of K, deletion curves, a grid of saliency maps.
 
-matplotlib is imported when a figure is drawn, not before. Readable at 900 pixels.
+matplotlib is imported when a figure is drawn, not before. The figures can be read at a width of 900 pixels.
 """
 
 import math
@@ -76,7 +76,7 @@ def draw_saliency(pictures: Tensor, titles: Sequence[Sequence[str]], maps: Tenso
 
     Args:
         pictures: (n, C, H, W) in [0, 1]; other than three channels are shown in grey, by their mean.
-        titles: lines of text above each image, as they are: nothing in them is read as a formula.
+        titles: lines of plain text above each image; a "$" in them begins no formula.
         maps: (n, H, W), at least 0.
         path: of the figure.
     """

@@ -1,6 +1,7 @@
-"""Which files of an output folder are published: an allow-list, and nothing else that lies there.
+"""The files that are published: which of an output folder are uploaded, what of their content, and the commit.
 
-A run's folder holds more than the model: records with local paths, logs with the host's name, files of the user's own.
+Only listed files are published. The folder of a run also holds records with local paths, logs with the name of the
+machine, and files of the user.
 """
 
 import copy
@@ -69,7 +70,7 @@ def model_files(trainer: Any, folder: str | Path) -> list[str]:
 
 
 def _files_of_parts(trainer: Any, model: Any) -> list[str]:
-    """Names of the processor's files and of the code: what saving them writes, which no list could know."""
+    """Names of the files of the processor and of the code, found by saving both into an empty folder."""
     processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     with TemporaryDirectory() as folder:
         if processor is not None:
@@ -91,7 +92,7 @@ def copy_model(trainer: Any, checkpoint_folder: str) -> list[str]:
 
 
 def published_content(path: Path, args: TrainingArguments) -> Path | bytes:
-    """What is uploaded of a file: the file, or its content without the local paths that the Trainer writes into it."""
+    """A file as it is uploaded: its path, or its content without the local paths that the Trainer writes into it."""
     if path.name == TRAINING_ARGS_NAME:
         return _arguments_without_paths(args)
     if path.name == TRAINER_STATE_NAME:
@@ -110,7 +111,7 @@ def _arguments_without_paths(args: TrainingArguments) -> bytes:
 
 
 def _state_without_paths(path: Path) -> bytes:
-    """The best checkpoint by its own name: where it is on this machine helps nobody on another."""
+    """The state with the name of the best checkpoint in place of its path on this machine."""
     content = json.loads(path.read_text(encoding="utf-8"))
     best = content.get("best_model_checkpoint")
     if best is not None:
@@ -130,7 +131,7 @@ def upload_patterns(names: Sequence[str], folder: str | Path) -> list[str]:
 def commit_files(
     repo: str, files: Mapping[str, Path | bytes], message: str | None, token: str | None, revision: str | None
 ) -> CommitInfo:
-    """Commit files by their place in the repository; without the card, and a warning, where the Hub refuses that."""
+    """Commit files by their place in the repository. Where the Hub refuses the card, leave it out and warn."""
     try:
         return _commit_all(repo, files, message, token, revision)
     except ValueError as error:

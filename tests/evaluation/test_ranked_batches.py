@@ -11,6 +11,7 @@ from torchvision.transforms import ToTensor
 
 from smoot_hf import evaluate_faithfulness
 from smoot_hf.evaluation.image_classes import find_image_classes
+from smoot_hf.evaluation.ranked_batches import check_dataset, has_index
 from smoot_hf.evaluation.sanity_check import randomized_weights_correlation
 
 DATA = TinyImages(8)
@@ -79,6 +80,31 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return iter(DATA)
+
+
+class BatchesOnly:
+    """Rows that are fetched several at a time, and in no other way."""
+
+    def __len__(self):
+        return 8
+
+    def __getitems__(self, indices):
+        return [DATA[i] for i in indices]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [(PAIRS, True), (DATA, True), (BatchesOnly(), True), (Stream(), False), (iter(PAIRS), False), (set(), False)],
+    ids=lambda value: type(value).__name__,
+)
+def test_training_and_evaluation_mean_the_same_by_a_data_set_with_an_index(data, expected):
+    """Catches a data set that an evaluation takes and `has_index`, which training asks, does not, or the reverse."""
+    assert has_index(data) == expected
+    if expected:
+        check_dataset(data)
+    else:
+        with pytest.raises(ValueError, match="must have a length and an index"):
+            check_dataset(data)
 
 
 def labelled(*labels):
