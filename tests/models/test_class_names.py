@@ -122,9 +122,8 @@ def test_names_that_are_missing_or_twice_are_refused(names):
         numbers_by_name(names, ["a", "b"])
 
 
-def test_evaluation_does_not_depend_on_how_the_data_number_their_classes(tmp_path, monkeypatch):
+def test_evaluation_does_not_depend_on_how_the_data_number_their_classes(tmp_path):
     """Fault: the recipes refuse, or measure as other classes, data whose folders are sorted otherwise."""
-    monkeypatch.syspath_prepend("recipes")
     from smoot_hf.experiments import checkpoint as checkpoints
 
     named(build("vit")).save_pretrained(tmp_path / "model")
