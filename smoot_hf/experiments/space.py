@@ -21,7 +21,7 @@ from .page import Example, make_page
 
 PACKAGE = Path(__file__).parents[1]
 # What a wheel takes along beside the modules; as in pyproject.toml, which is not installed.
-PACKAGE_DATA = ("py.typed", "*.pyi", "evaluation/metrics/*/*.py", "evaluation/metrics/*/README.md")
+PACKAGE_DATA = ("py.typed", "*.pyi", "publishing/*.md", "evaluation/metrics/*/*.py", "evaluation/metrics/*/README.md")
 _METADATA = "metadata.jsonl"
 
 _APP = '''"""Serves the page; written by `smoot-hf demo --space`."""

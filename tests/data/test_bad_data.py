@@ -18,7 +18,7 @@ TURNS = [0, 1] * 5
 
 
 def recipe(write, message, *argv, code=2):
-    """recipes/train.py on the data set that `write(folder)` writes."""
+    """`smoot-hf train` on the data set that `write(folder)` writes."""
 
     def attempt(folder):
         write(folder)

@@ -57,7 +57,7 @@ def built(message, model="vit", channels=3, **overrides):
 
 
 def saved_model(message, spoil, convert_rgb=True):
-    """recipes/train.py with a model folder that `spoil(folder)` has changed."""
+    """`smoot-hf train` with a model folder that `spoil(folder)` has changed."""
 
     def attempt(folder):
         build("vit").save_pretrained(folder / "model")
