@@ -1,4 +1,4 @@
-"""Evaluation of the saliency of any image classifier: faithfulness, localisation, comparisons, sanity checks, results."""
+"""Evaluation of the saliency of any image classifier: faithfulness, localisation, comparisons, sanity checks."""
 
 from .attributions import attribute
 from .comparison import PairedDifference, compare_faithfulness
