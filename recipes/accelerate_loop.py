@@ -6,9 +6,9 @@ Time: 10 s on two CPU cores.
 Expected: as train_digits.py, of which these are the settings; a test holds `train` to the weights and the K of
 SmootTrainer.
 
-To copy: `train` is all there is to it. A batch brings the row of each of its samples in the training set, by which K is
-kept and the noise drawn; everything else is any loop of Accelerate. What SmootTrainer does beyond it: checkpoints that
-K goes into and comes back from, evaluation, logs, checks of every batch, fp16's skipped steps, the Hub.
+The function `train` is what to copy. Each batch brings the rows of its samples in the training set, by which K is kept
+and the noise is drawn; everything else is a plain loop of Accelerate. SmootTrainer does more: checkpoints that hold K and
+give it back, evaluation, logs, checks of every batch, steps that fp16 skips, and the Hub.
 """
 
 from typing import Any
@@ -24,12 +24,13 @@ from smoot_hf import (
     MaskBudget,
     PaperCnnConfig,
     PaperCnnForImageClassification,
+    SmootSettings,
     SmootTrainingArguments,
+    load_image_dataset,
+    masked_step,
 )
-from smoot_hf.data.dataset import load_image_dataset
-from smoot_hf.data.decoded_images import DecodedImages, decode_images
+from smoot_hf.data import DecodedImages, decode_images
 from smoot_hf.training.mask_budget_file import MASK_BUDGET_NAME
-from smoot_hf.training.masked_step import masked_step
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/digits-cnn-loop",
@@ -46,26 +47,28 @@ def train(
     optimizer: torch.optim.Optimizer,
     loader: DataLoader,
     budget: MaskBudget,
-    args: SmootTrainingArguments,
+    settings: SmootSettings,
     accelerator: Accelerator,
+    num_epochs: int = 1,
 ) -> None:
     """Train on batches of images (B, C, H, W), labels (B,) and their rows in the training set (B,)."""
     network = accelerator.unwrap_model(model).train()
-    for epoch in range(int(args.num_train_epochs)):
+    step_size = settings.step_in_pixels(budget.image_size)
+    for epoch in range(num_epochs):
         budget.begin_epoch(epoch)
         seen = []
         for images, labels, rows in loader:
             with accelerator.accumulate(model):
                 k = budget.read(rows)
-                step = masked_step(model, images, labels, rows, k, epoch, args, saliency_model=network)
-                accelerator.backward((step.ce + args.kl_weight * step.kl).mean())
+                step = masked_step(model, images, labels, rows, k, epoch, settings, saliency_model=network)
+                accelerator.backward((step.ce + settings.kl_weight * step.kl).mean())
                 optimizer.step()
                 optimizer.zero_grad()
             seen.append(accelerator.gather((rows, step.delta)))
             if accelerator.sync_gradients:
                 # K moves when the weights do, on every process by what all of them saw.
                 rows, delta = (torch.cat(column) for column in zip(*seen, strict=True))
-                budget.update(rows, delta, args.step_in_pixels(budget.image_size), args.rounding)
+                budget.update(rows, delta, step_size, settings.rounding)
                 seen = []
 
 
@@ -83,11 +86,11 @@ def main() -> None:
     model = PaperCnnForImageClassification(PaperCnnConfig(image_size=8, num_channels=1, num_labels=10))
     optimizer = torch.optim.Adadelta(model.parameters(), lr=args.learning_rate)
     loader = DataLoader(with_rows(train_split, pipeline), args.per_device_train_batch_size, shuffle=True)
-    budget = MaskBudget.for_training(args, len(train_split), (8, 8))
 
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=args.use_cpu)
+    budget = MaskBudget.for_training(args.settings, len(train_split), (8, 8), device=accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    train(model, optimizer, loader, budget, args, accelerator)
+    train(model, optimizer, loader, budget, args.settings, accelerator, int(args.num_train_epochs))
 
     if accelerator.is_main_process:
         network = accelerator.unwrap_model(model).eval()

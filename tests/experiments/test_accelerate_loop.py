@@ -56,8 +56,8 @@ def test_the_loop_is_the_trainer(name, setting, loop, quick_args):
         torch.optim.SGD(model.parameters(), args.learning_rate),
         DataLoader(rows, args.per_device_train_batch_size),
     )
-    budget = MaskBudget.for_training(args, len(data), (8, 8))
-    loop.train(*prepared, budget, args, accelerator)
+    budget = MaskBudget.for_training(args.settings, len(data), (8, 8))
+    loop.train(*prepared, budget, args.settings, accelerator, int(args.num_train_epochs))
 
     # Sums of accumulated batches, and two backward passes in place of one, are rounded in another order.
     found = largest_difference(dict(model.named_parameters()), parameters(trainer))
@@ -75,12 +75,12 @@ def test_a_loop_resumes_with_its_k(loop, quick_args, tmp_path):
         accelerator, model = Accelerator(cpu=True), model_of("vit")
         rows = TensorDataset(data.images, torch.tensor(data.labels), torch.arange(len(data)))
         parts = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.01), DataLoader(rows, 8))
-        budget = MaskBudget.for_training(args, len(data), (8, 8))
+        budget = MaskBudget.for_training(args.settings, len(data), (8, 8))
         accelerator.register_for_checkpointing(budget)
         return accelerator, parts, budget
 
     accelerator, parts, budget = prepared()
-    loop.train(*parts, budget, args, accelerator)
+    loop.train(*parts, budget, args.settings, accelerator, num_epochs=2)
     accelerator.save_state(str(tmp_path / "state"))
     expected = budget.digest()
     assert budget.k.unique().numel() > 1

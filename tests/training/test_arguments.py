@@ -1,13 +1,13 @@
 """The arguments of SMOOT: parsed, explained, validated."""
 
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields, make_dataclass
 
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from smoot_hf import SmootTrainingArguments
-from smoot_hf.training.arguments import GREATER_IS_BETTER, greater_is_better
+from smoot_hf import SmootSettings, SmootTrainingArguments
+from smoot_hf.training.arguments import _DECIDE_THE_BEST, _DECIDE_WEIGHTS, GREATER_IS_BETTER, greater_is_better
 
 ADDED = [f for f in fields(SmootTrainingArguments) if f.name not in {g.name for g in fields(TrainingArguments)}]
 
@@ -198,3 +198,36 @@ def test_a_direction_turned_round_after_construction_is_refused(quick_trainer):
     trainer.args.greater_is_better = True
     with pytest.raises(ValueError, match="greater_is_better=True contradicts"):
         trainer.train()
+
+
+def test_how_often_a_run_is_looked_at_does_not_tell_it_from_another(tmp_path):
+    """Catches a comparison that refuses two runs since one of them was evaluated more often."""
+
+    def changed(**arguments):
+        return SmootTrainingArguments(str(tmp_path), use_cpu=True, **arguments).changed_from_defaults()
+
+    looks = {"eval_strategy": "steps", "eval_steps": 7, "save_steps": 14, "logging_steps": 3, "run_name": "other"}
+    assert changed(**looks) == changed()
+    assert changed(learning_rate=0.5, kl_weight=2.0) == {"learning_rate": 0.5, "kl_weight": 2.0}
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "save_steps": 14}
+    assert changed(**best, eval_steps=7) != changed(**best, eval_steps=14)
+
+
+def test_what_decides_the_weights_is_a_field():
+    """Catches a misspelled name in the list, which would let runs of unlike settings be compared."""
+    known = {f.name for f in fields(SmootTrainingArguments)}
+    # Fields that one of the supported versions of transformers does not have.
+    of_some_versions = {"warmup_ratio", "neftune_noise_alpha", "liger_kernel_config", "train_sampling_strategy"}
+    assert (_DECIDE_WEIGHTS | _DECIDE_THE_BEST) - known <= of_some_versions
+
+
+def test_the_settings_are_those_of_the_arguments(tmp_path):
+    """Catches a field of the method that stands in one of the two classes only, or with another default."""
+    args = SmootTrainingArguments(str(tmp_path), use_cpu=True)
+    assert args.settings == SmootSettings()
+    own = {f.name for f in ADDED} - {"deletion_auc_samples", "overwrite_output_dir", "keep_freed_memory"}
+    assert own | {"seed", "label_smoothing_factor"} == {f.name for f in fields(SmootSettings)}
+    with pytest.raises(FrozenInstanceError):
+        args.settings.alpha = 0.5
+    with pytest.raises(ValueError, match="alpha must be in"):
+        SmootSettings(alpha=2.0)
