@@ -7,8 +7,8 @@ Expected: as train_digits.py, of which these are the settings; a test holds `tra
 SmootTrainer.
 
 The function `train` is what to copy. Each batch brings the rows of its samples in the training set, by which K is kept
-and the noise is drawn; everything else is a plain loop of Accelerate. SmootTrainer does more: checkpoints that hold K and
-give it back, evaluation, logs, checks of every batch, steps that fp16 skips, and the Hub.
+and the noise is drawn; everything else is a plain loop of Accelerate. SmootTrainer does more: checkpoints that hold K
+and give it back, evaluation, logs, checks of every batch, steps that fp16 skips, and the Hub.
 """
 
 from typing import Any
