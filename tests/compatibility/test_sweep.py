@@ -79,8 +79,13 @@ def test_an_unknown_architecture_is_a_failing_row(monkeypatch):
 
 
 FAULTS = {
-    "a pixel too many": (SF, "least_salient_mask", lambda real: lambda s, k: real(s, k + 1), {"shared", "eval"}),
-    "the most salient": (SF, "least_salient_mask", lambda real: lambda s, k: real(-s, k), {"shared", "eval"}),
+    "a pixel too many": (
+        SF,
+        "masked_positions",
+        lambda real: lambda s, k, *more: real(s, k + 1, *more),
+        {"shared", "eval"},
+    ),
+    "the most salient": (SF, "masked_positions", lambda real: lambda s, *more: real(-s, *more), {"shared", "eval"}),
     "KL the wrong way": (SF, "kl_divergence", lambda real: lambda p, q: real(q, p), {"shared", "eval"}),
     "no K moves": (MaskBudget, "update", lambda real: lambda *_: torch.zeros(3), {"shared", "eval"}),
     "K is not restored": (MaskBudget, "restore", lambda real: lambda *_: None, {"resume"}),
