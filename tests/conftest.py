@@ -4,7 +4,11 @@
 import gc
 import os
 import shutil
+import tempfile
 
+# Each process of the tests has its own copies of code that is loaded by its path.
+MODULES = tempfile.TemporaryDirectory(prefix="smoot-modules-", ignore_cleanup_errors=True)
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -55,6 +59,7 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     """Let the interpreter clear up after itself: extension modules complain of what is left."""
     gc.unfreeze()
+    MODULES.cleanup()
 
 
 class TinyImages(Dataset):

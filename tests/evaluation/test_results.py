@@ -359,7 +359,7 @@ def load_metric(tmp_path_factory):
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache / "modules")
         patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
         # evaluate imports its copies by name: those of another cache must be forgotten.
-        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "evaluate_modules").is_dir()])
         for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
             patch.delitem(sys.modules, name)
         yield lambda name: evaluate.load(metric_path(name), cache_dir=str(cache))
