@@ -42,9 +42,15 @@ def channel_mean(gradient: Tensor, signed: bool = True) -> Tensor:
     return (gradient if signed else gradient.abs()).mean(dim=1)
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    # torch 2.11 cannot trace the question itself.
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A backward pass belongs outside autocast: its dtypes are those that the forward pass chose."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not _has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -263,6 +263,8 @@ def test_every_parallelism_that_shares_a_model_or_a_sample_is_refused_by_name(si
 def test_a_model_that_says_it_was_loaded_in_shards_is_refused(name, value, words, quick_trainer):
     """Catches shards of plain tensors (of experts), which no parameter shows."""
     model = build("vit")
+    if name.startswith("_is_") and not hasattr(model, name.removeprefix("_")):
+        pytest.skip("this version of transformers loads no model in shards")
     setattr(model, name, value)
     with pytest.raises(ValueError, match=f"model parallelism is refused .*{words}"):
         quick_trainer(model)
