@@ -26,6 +26,7 @@ from .campaign_run import Plan, run
 from .run import write_whole
 
 RESULTS_NAME = "results.json"
+WEIGHTS_NAME = "model.safetensors"
 
 
 def read_campaign(path: Path) -> list[Plan]:
@@ -35,10 +36,7 @@ def read_campaign(path: Path) -> list[Plan]:
         ValueError: the file is no campaign, or says what a run does not know; the message names it.
         OSError: it cannot be read.
     """
-    try:
-        campaign = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is no TOML: {error}") from error
+    campaign = _read_tables(path)
     unknown = campaign.keys() - {"seeds", "network", "data", "train", "settings"}
     if unknown or not campaign.get("settings") or not isinstance(campaign.get("seeds"), int):
         raise ValueError(f"{path} must hold seeds (a number), settings, and may hold network, data, train: {unknown}")
@@ -55,6 +53,20 @@ def read_campaign(path: Path) -> list[Plan]:
             common = {"data": campaign.get("data", {}), "network": campaign.get("network", "paper")}
             plans.append(Plan(setting["name"], seed, train={**campaign.get("train", {}), **own}, **common))
     return plans
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a campaign file; of the file that it extends, those that it does not give itself."""
+    try:
+        campaign = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
+    if "extends" not in campaign:
+        return campaign
+    base = _read_tables(path.parent / campaign.pop("extends"))
+    for table in ("data", "train"):
+        campaign[table] = {**base.get(table, {}), **campaign.get(table, {})}
+    return {**base, **campaign}
 
 
 def chosen(plan: Plan, options: argparse.Namespace) -> Plan:
@@ -178,13 +190,13 @@ def _end_with_parent() -> None:
 
 
 def run_and_save(plan: Plan, output: Path) -> str | None:
-    """Run a plan and write its result, whole or not at all; returns the error of a run that failed."""
-    try:
-        result = run(plan)
-    except Exception:
-        return traceback.format_exc()
+    """Run a plan, write its weights, then its result, whole or not at all; returns the error of a run that failed."""
     path = result_path(plan, output)
     path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = run(plan, path.with_name(WEIGHTS_NAME))
+    except Exception:
+        return traceback.format_exc()
     whole = {"settings": settings_of(plan), **result, "environment": describe_environment()}
     write_whole(path, json.dumps(whole, indent=1) + "\n")
     return None

@@ -7,13 +7,15 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import set_seed
@@ -30,6 +32,7 @@ from ..data import (
 from ..data.planted_evidence import LabelledPixels
 from ..data.sample_photos import photos_of_scikit_learn
 from ..evaluation import evaluate_faithfulness, evaluate_localisation
+from ..evaluation.convention import resolve_convention
 from ..evaluation.diff_roar import diff_roar
 from ..models import PaperCnnConfig, PaperCnnForImageClassification
 from ..training import MaskBudget, SmootSettings, SmootTrainingArguments, masked_step
@@ -55,6 +58,8 @@ class Data:
         train_samples: training images, drawn anew for every seed; 0: all.
         test_samples: test images, the same for every seed; 0: all.
         gap_samples: test images whose deletion curves are measured; 0: none.
+        history_samples: test images on which accuracy and localisation are measured after every epoch; 0: none.
+        tables: also measure the deletion areas by which the paper's tables could have been made, see `paper_tables`.
         roar_kept: fraction of the positions that DiffROAR leaves a fresh network to learn from, twice as long as
             standard training takes; 0: not measured.
     """
@@ -67,6 +72,8 @@ class Data:
     train_samples: int = 0
     test_samples: int = 0
     gap_samples: int = 1000
+    history_samples: int = 0
+    tables: bool = False
     roar_kept: float = 0.0
 
 
@@ -149,25 +156,40 @@ class Splits(NamedTuple):
     pipeline: InputPipeline
 
 
-def run(plan: Plan) -> dict[str, Any]:
+def run(plan: Plan, weights: Path | None = None) -> dict[str, Any]:
     """Train and judge; the result as plain values, the settings left out.
+
+    Args:
+        plan: what to do.
+        weights: a safetensors file that receives the trained network.
 
     Returns:
         "accuracy" in percent; "localisation" by score, where there is evidence; "deletion" with the gap and the area of
-        the plain curve; "diff_roar" where it was asked for; "k" in pixels, `None` for standard training; "seconds" of
-        training and of judging, by the clock and ("_cpu") of the processor.
+        the plain curve; "tables", "history" and "diff_roar" where they were asked for; "k" in pixels, `None` for
+        standard training; "seconds" of training (the history included) and of judging, by the clock and ("_cpu") of
+        the processor.
     """
-    args, controls = plan.arguments(), plan.controls()
-    splits = make_splits(plan.images(), plan.seed)
+    args, controls, data = plan.arguments(), plan.controls(), plan.images()
+    splits = make_splits(data, plan.seed)
     set_seed(args.seed)
     model = make_network(plan.network, splits)
     images = splits.pipeline.normalize(splits.train.pixel_values)
+    history: list[dict[str, float]] = []
+
+    def measure_epoch() -> None:
+        if data.history_samples:
+            history.append(measure_briefly(model, splits, data))
+
     clocks = [_clocks()]
     with freed_memory_kept():
-        budget = train(model, images, splits.train.labels, args, controls)
+        budget = train(model, images, splits.train.labels, args, controls, measure_epoch)
     clocks.append(_clocks())
-    result = judge(model, splits, plan.images())
-    if plan.images().roar_kept:
+    if weights is not None:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
+    result = judge(model, splits, data)
+    if history:
+        result["history"] = history
+    if data.roar_kept:
         result["diff_roar"] = judge_anew(model, splits, plan)
     clocks.append(_clocks())
     (begun, cpu_begun), (trained, cpu_trained), (ended, cpu_ended) = clocks
@@ -201,7 +223,12 @@ def make_network(network: str, splits: Splits) -> nn.Module:
 
 
 def train(
-    model: nn.Module, images: Tensor, labels: Tensor, args: SmootTrainingArguments, controls: Controls
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    args: SmootTrainingArguments,
+    controls: Controls,
+    after_epoch: Callable[[], None] = lambda: None,
 ) -> MaskBudget | None:
     """Train in place, by AdamW at a constant rate, in an order that `args.seed` fixes.
 
@@ -211,6 +238,7 @@ def train(
         labels: int64 (N,).
         args: method and settings.
         controls: of the comparison.
+        after_epoch: called after every epoch; may put the model in eval mode.
 
     Returns:
         K of every image; `None` for standard training.
@@ -220,8 +248,8 @@ def train(
     budget = None if is_standard else MaskBudget.for_training(settings, len(labels), image_size)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay)
-    model.train()
     for epoch in range(int(args.num_train_epochs)):
+        model.train()
         if budget is not None:
             budget.begin_epoch(epoch)
             lender = _lenders(len(labels), epoch, args.seed, controls)
@@ -242,6 +270,7 @@ def train(
                     sign = SF.counter_uniform(args.seed ^ _WALK_STREAM, epoch, rows, (1,))[:, 0].sub(0.5).sign()
                     delta = delta.abs() * sign
                 budget.update(rows, delta, settings.step_in_pixels(image_size), settings.rounding)
+        after_epoch()
     return budget
 
 
@@ -293,7 +322,59 @@ def judge(model: nn.Module, splits: Splits, data: Data) -> dict[str, Any]:
         ).to_dict()
         result["deletion"] = {name: curves[name] for name in ("gap", "gap_interval", "n", "convention")}
         result["deletion"]["auc"] = curves["deletion"]["auc"]
+    if data.tables:
+        result["tables"] = paper_tables(model, splits, data)
     return result
+
+
+def paper_tables(model: nn.Module, splits: Splits, data: Data) -> dict[str, float]:
+    """Deletion areas in percent by both presets and two fills, and by the score that rounds p_y to 1.
+
+    The last, "paper corner float32", ranks by the gradient of a plain float32 log-softmax: where p_y is rounded to 1 it
+    has no share of the label. "saturated" is the percentage of the images whose p_y is rounded to 1.
+    """
+    some = Subset(splits.test, range(min(data.gap_samples, len(splits.test))))
+    areas = {
+        f"{preset} {fill}": evaluate_faithfulness(
+            model, some, convention=resolve_convention(preset, fill=fill), curves=(), input_pipeline=splits.pipeline
+        ).deletion_auc
+        for preset in ("paper", "default")
+        for fill in ("corner", "mean")
+    }
+    areas["paper corner float32"] = evaluate_faithfulness(
+        model, some, _float32_log_prob_map, convention="paper", curves=(), input_pipeline=splits.pipeline
+    ).deletion_auc
+    return areas | {"saturated": saturated_share(model, splits, data.gap_samples)}
+
+
+def _float32_log_prob_map(model: Callable[[Tensor], Tensor], images: Tensor, target: Tensor) -> Tensor:
+    leaf = images.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(F.nll_loss(model(leaf).log_softmax(1), target, reduction="sum"), leaf)
+    return SF.channel_mean(gradient, signed=False)
+
+
+@torch.no_grad()
+def saturated_share(model: nn.Module, splits: Splits, count: int) -> float:
+    """Percentage of the first `count` test images whose softmax output of the label is 1 in float32."""
+    model.eval()
+    images, labels = splits.pipeline.normalize(splits.test.pixel_values[:count]), splits.test.labels[:count]
+    outputs = torch.cat([model(pixel_values=batch).logits.softmax(1) for batch in images.split(256)])
+    return 100 * float((outputs.gather(1, labels[:, None]) == 1).double().mean())
+
+
+def measure_briefly(model: nn.Module, splits: Splits, data: Data) -> dict[str, float]:
+    """Accuracy, saturated share, and the localisation scores where there is evidence, on a part of the test images."""
+    count = min(data.history_samples, len(splits.test))
+    found = {
+        "saturated": saturated_share(model, splits, count),
+        "accuracy": _accuracy(model, splits, count),
+    }
+    # In the first epochs it may be that no image is classified correctly, and then there is nothing to localise.
+    if data.planted == "plain" or not found["accuracy"]:
+        return found
+    local = evaluate_localisation(model, Subset(splits.test, range(count)), input_pipeline=splits.pipeline).to_dict()
+    return found | {name: score["value"] for name, score in local["scores"].items()}
 
 
 def judge_anew(model: nn.Module, splits: Splits, plan: Plan) -> dict[str, float]:
@@ -313,11 +394,11 @@ def judge_anew(model: nn.Module, splits: Splits, plan: Plan) -> dict[str, float]
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, splits: Splits) -> float:
+def _accuracy(model: nn.Module, splits: Splits, count: int | None = None) -> float:
     model.eval()
-    images = splits.pipeline.normalize(splits.test.pixel_values)
+    images, labels = splits.pipeline.normalize(splits.test.pixel_values[:count]), splits.test.labels[:count]
     predicted = torch.cat([model(pixel_values=batch).logits.argmax(dim=1) for batch in images.split(256)])
-    return 100 * float((predicted == splits.test.labels).double().mean())
+    return 100 * float((predicted == labels).double().mean())
 
 
 def make_splits(data: Data, seed: int) -> Splits:

@@ -1,4 +1,4 @@
-"""A small network for campaigns of hundreds of runs: a sixteenth of the multiplications of the paper's CNN."""
+"""A network for campaigns of hundreds of runs: the paper's CNN at half its widths, a quarter of its arithmetic."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -6,28 +6,32 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 
 class SmallCnn(nn.Module):
-    """Two 3x3 convolutions (16 and 32 channels), each with 2x2 max pooling and a ReLU, then 64 hidden units.
+    """Two 3x3 convolutions (16 and 32 channels), 2x2 max pooling, two fully connected layers (64 units), dropout.
 
-    No dropout, so that what moves the prediction of the masked images is the mask alone.
+    The layers and dropout rates are those of `PaperCnnForImageClassification`, the widths half of them. A smaller
+    network was tried and dropped: with pooling after each convolution and no dropout, 43 % of the most salient tenth of
+    BlockMNIST's pixels lay in the null block, hardly less than chance, whatever the training method was.
 
     Args:
-        image_shape: (C, H, W), H and W at least 10.
+        image_shape: (C, H, W), H and W at least 6.
         num_labels: number of classes.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_labels: int) -> None:
         super().__init__()
         channels, height, width = image_shape
+        if min(height, width) < 6:
+            raise ValueError(f"images must be at least 6x6 pixels for the small network, got {height}x{width}")
         self.convolution_1 = nn.Conv2d(channels, 16, kernel_size=3)
         self.convolution_2 = nn.Conv2d(16, 32, kernel_size=3)
-        left = [((side - 2) // 2 - 2) // 2 for side in (height, width)]
-        if min(left) < 1:
-            raise ValueError(f"images must be at least 10x10 pixels for the small network, got {height}x{width}")
-        self.hidden = nn.Linear(32 * left[0] * left[1], 64)
+        self.feature_dropout = nn.Dropout(0.25)
+        self.hidden = nn.Linear(32 * ((height - 4) // 2) * ((width - 4) // 2), 64)
+        self.classifier_dropout = nn.Dropout(0.5)
         self.classifier = nn.Linear(64, num_labels)
 
     def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
         """(B, C, H, W) normalised images -> an output with `logits` (B, num_labels)."""
-        features = F.relu(F.max_pool2d(self.convolution_1(pixel_values), 2))
-        features = F.relu(F.max_pool2d(self.convolution_2(features), 2)).flatten(1)
-        return ImageClassifierOutput(logits=self.classifier(F.relu(self.hidden(features))))
+        features = F.relu(self.convolution_2(F.relu(self.convolution_1(pixel_values))))
+        features = self.feature_dropout(F.max_pool2d(features, 2)).flatten(1)
+        hidden = self.classifier_dropout(F.relu(self.hidden(features)))
+        return ImageClassifierOutput(logits=self.classifier(hidden))

@@ -1,7 +1,7 @@
 """Pure functions over tensors: no I/O, no model, no global random state."""
 
 from .budget import update_budget
-from .masking import counter_uniform, least_salient_mask, masked_positions, mean_fill, uniform_fill
+from .masking import counter_uniform, least_salient_mask, masked_positions, mean_fill, other_image_fill, uniform_fill
 from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
 from .perturbation import area_under_curve, deletion_curve, insertion_curve
 from .removal import removal_fill
@@ -23,6 +23,7 @@ __all__ = [
     "masked_objective",
     "masked_positions",
     "mean_fill",
+    "other_image_fill",
     "probability_shift",
     "ranking_score",
     "removal_fill",

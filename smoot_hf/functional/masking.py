@@ -184,3 +184,12 @@ def uniform_fill(images: Tensor, is_masked: Tensor, noise: Tensor) -> Tensor:
 def mean_fill(images: Tensor) -> Tensor:
     """Per-channel mean of each image: (B, C, H, W) -> (B, C, 1, 1), in the dtype of `images`."""
     return images.mean(dim=(2, 3), keepdim=True)
+
+
+def other_image_fill(images: Tensor) -> Tensor:
+    """The next image of the batch; the last image gets the first: (B, C, H, W) -> (B, C, H, W).
+
+    What replaces a pixel then looks like a pixel of such images. It depends on the batch that an image is in, unlike
+    the other fills, and a batch of one image is left as it is.
+    """
+    return images.roll(-1, dims=0)

@@ -98,7 +98,7 @@ class SmootTrainingArguments(TrainingArguments):
     shared_dropout: bool = _of_settings("shared_dropout")
     kl_gradient: Literal["both", "masked"] = _of_settings("kl_gradient")
     mask_positions: Literal["least_salient", "random", "most_salient", "alternating"] = _of_settings("mask_positions")
-    mask_fill: Literal["uniform", "mean"] = _of_settings("mask_fill")
+    mask_fill: Literal["uniform", "mean", "other_image"] = _of_settings("mask_fill")
     deletion_auc_samples: int = _argument(
         0, "Report deletion_auc (lower is better) over this many evaluation images at every evaluation; 0: do not."
     )

@@ -302,6 +302,8 @@ def mask_images(
     is_masked = SF.masked_positions(saliency, k, settings.mask_positions, epoch, ranks)
     if settings.mask_fill == "mean":
         fill = SF.mean_fill(images)
+    elif settings.mask_fill == "other_image":
+        fill = SF.other_image_fill(images)
     else:
         noise = SF.counter_uniform(settings.seed, epoch, sample_idx, tuple(images.shape[1:]))
         fill = SF.uniform_fill(images, is_masked, noise)

@@ -43,7 +43,8 @@ class SmootSettings:
         mask_positions: which K positions are masked: `"least_salient"` (Algorithm 2), or those of a control that shows
             what the ranking is good for: `"random"`, `"most_salient"`, or `"alternating"` (the least salient in even
             epochs, the most salient in odd ones; the first epoch is 0).
-        mask_fill: what replaces a pixel: `"uniform"` (Section 4.1) or `"mean"` (of its channel in that image).
+        mask_fill: what replaces a pixel: `"uniform"` (Section 4.1), `"mean"` (of its channel in that image), or
+            `"other_image"` (the same pixel of the next image of the batch, so that a batch of one stays as it is).
         label_smoothing_factor: of the cross-entropy, in [0, 1].
         seed: of the fill and of random mask positions, with the epoch and the index of the sample.
 
@@ -85,8 +86,10 @@ class SmootSettings:
     mask_positions: Literal["least_salient", "random", "most_salient", "alternating"] = _setting(
         "least_salient", "Which K positions are masked; random, most_salient and alternating (by epoch) are controls."
     )
-    mask_fill: Literal["uniform", "mean"] = _setting(
-        "uniform", "What replaces a pixel: uniform noise in the range of what remains, or the channel's mean."
+    mask_fill: Literal["uniform", "mean", "other_image"] = _setting(
+        "uniform",
+        "What replaces a pixel: uniform noise in the range of what remains, the channel's mean, or a pixel of "
+        "the next image of the batch.",
     )
     # The last two are fields of `TrainingArguments`.
     label_smoothing_factor: float = 0.0

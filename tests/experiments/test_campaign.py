@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TinyImages, build, largest_difference, parameters
+from safetensors.torch import load_file
 
 from smoot_hf import SmootTrainer
 from smoot_hf.experiments import campaign, campaign_queue, campaign_run, campaign_summary
@@ -165,6 +167,34 @@ def test_a_run_is_a_function_of_its_plan():
     assert torch.equal(splits[0].test.pixel_values, splits[1].test.pixel_values)
 
 
+def test_measuring_every_epoch_changes_nothing(tmp_path):
+    """Catches a measurement that draws random numbers, or leaves dropout off; and weights that are not the trained."""
+    plan = campaign_run.Plan("x", 3, data=TINY, train={**FAST, "num_train_epochs": 2})
+    plain = campaign_run.run(plan, tmp_path / "plain.safetensors")
+    measured = campaign_run.run(replace(plan, data={**TINY, "history_samples": 60}), tmp_path / "measured.safetensors")
+    assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "measured.safetensors").read_bytes()
+    last = measured["history"][-1]
+    assert len(measured["history"]) == 2
+    assert last["accuracy"] == measured["accuracy"] == plain["accuracy"]
+    assert last["outside_0.1"] == plain["localisation"]["scores"]["outside_0.1"]["value"]
+    network = campaign_run.make_network(plan.network, campaign_run.make_splits(plan.images(), 3))
+    network.load_state_dict(load_file(tmp_path / "plain.safetensors"))
+
+
+def test_the_float32_score_loses_the_label_where_its_probability_is_one():
+    """Catches a map of the hypothesis about the paper's table that is in truth the exact one."""
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+
+    def model(images):
+        return images.flatten(1) @ weight.T
+
+    images = torch.tensor([[40.0, 0.0], [1.0, 0.0]]).reshape(2, 1, 1, 2)
+    found = campaign_run._float32_log_prob_map(model, images, torch.tensor([0, 0])).flatten(1)
+    assert found[0, 0] == 0
+    assert found[0, 1] > 0
+    assert found[1, 0].item() == pytest.approx(1 - 1 / (1 + torch.e**-1), rel=1e-5)
+
+
 def test_every_setting_of_the_forks_runs():
     """Catches a campaign that ends on its fourth evening with a setting that nobody tried; and their order."""
     plans = [plan for plan in campaign_queue.read_campaign(FORKS) if plan.seed == 0]
@@ -183,15 +213,18 @@ def test_every_setting_of_the_forks_runs():
 @pytest.mark.parametrize("planted", ["plain", "pair", "on-photo", "decoy"])
 def test_other_sets_and_networks_run(planted):
     """Catches a set that the campaign names and cannot make."""
-    # Photos of 32 pixels are large enough for the small network.
     network = "small" if planted == "on-photo" else "paper"
     data = {**TINY, "planted": planted, "partners": "digits", "gap_samples": 20, "roar_kept": 0.3}
+    data |= {"tables": True, "history_samples": 30}
     result = campaign_run.run(campaign_run.Plan("x", 0, data=data, train=FAST, network=network))
     assert ("localisation" in result) == (planted != "plain")
     assert result["deletion"]["n"] == 20
     roar = result["diff_roar"]
     assert roar["difference"] == roar["top"] - roar["bottom"]
     assert 0 <= result["accuracy"] <= 100
+    assert set(result["tables"]) >= {"paper corner", "default mean", "paper corner float32", "saturated"}
+    (epoch,) = result["history"]
+    assert ("outside_0.1" in epoch) == (planted != "plain" and epoch["accuracy"] > 0)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +325,20 @@ def test_the_order_is_seed_by_seed_and_the_command_line_chooses(tmp_path):
     with pytest.raises(ValueError, match="no setting 'smoot', only sgt, random, standard"):
         campaign_queue.select(plans, None, ["smoot"])
     assert campaign_queue.folder_name(plans[1]) == "sgt-random-seed0"
+
+
+def test_a_file_extends_another(tmp_path):
+    """Catches entries that are lost, and a table that replaces the other's as a whole."""
+    base = campaign_queue.read_campaign(write_file(tmp_path))
+    own = tmp_path / "own.toml"
+    own.write_text('extends = "tiny.toml"\nseeds = 1\n[data]\ntest_samples = 7\n')
+    plans = campaign_queue.read_campaign(own)
+    assert [plan.name for plan in plans] == ["standard", "sgt, random"]
+    assert plans[0].data == {**base[0].data, "test_samples": 7}
+    assert plans[1].train == base[1].train
+    own.write_text('extends = "missing.toml"')
+    with pytest.raises(OSError, match=r"missing\.toml"):
+        campaign_queue.read_campaign(own)
 
 
 def test_results_of_other_settings_are_refused(tmp_path, capsys):

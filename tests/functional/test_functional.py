@@ -172,6 +172,14 @@ def test_mean_fill_is_per_image_and_channel():
     assert SF.mean_fill(images).flatten().tolist() == [1.5, 5.5, 9.5, 13.5]
 
 
+def test_other_image_fill_takes_every_image_once_and_no_image_its_own():
+    """Catches a fill that leaves an image as it is, or that mixes channels."""
+    images = torch.arange(24.0).reshape(3, 2, 2, 2)
+    fill = SF.other_image_fill(images)
+    assert [fill[row].tolist() for row in range(3)] == [images[row].tolist() for row in (1, 2, 0)]
+    assert torch.equal(SF.other_image_fill(images[:1]), images[:1])
+
+
 # --- saliency ----------------------------------------------------------------------------------------------------
 
 
