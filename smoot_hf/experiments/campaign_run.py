@@ -241,7 +241,7 @@ def train(
                 if controls.k_control == "random_walk":
                     sign = SF.counter_uniform(args.seed ^ _WALK_STREAM, epoch, rows, (1,))[:, 0].sub(0.5).sign()
                     delta = delta.abs() * sign
-                budget.update(rows, delta, settings.step_in_pixels(image_size), settings.rounding)
+                budget.update(rows, delta, settings.step_in_positions(image_size), settings.rounding)
     return budget
 
 
