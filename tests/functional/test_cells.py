@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoot_hf import functional as SF
+from smoot_hf.functional.removal import removal_ranks
 
 
 @st.composite
@@ -50,6 +51,20 @@ def test_a_mask_of_cells_is_exactly_k_of_them(drawn, with_nan):
     for image in range(batch):
         expected = reference.least_salient_mask(reference.cell_sum(values[image].tolist(), cell), int(k[image]))
         assert found[image, 0].tolist() == reference.spread_cells(expected, cell, height, width)
+
+
+@given(grids(), st.sampled_from(["most_salient_first", "least_salient_first"]))
+def test_ranks_of_cells_equal_the_slow_loop(drawn, order):
+    """Catches cells removed by their mean or their highest pixel, and pixels of a cell that go one by one."""
+    (batch, height, width), cell, generator = drawn
+    values = torch.randint(-2, 3, (batch, height, width), generator=generator).double()
+    ranks = removal_ranks(values, order, cell)
+    sign = -1 if order == "most_salient_first" else 1
+    for image in range(batch):
+        sums = [[sign * value for value in row] for row in reference.cell_sum(values[image].tolist(), cell)]
+        turns = {place: turn for turn, place in enumerate(reference.rank_least_salient(sums))}
+        expected = [[turns[row // cell, column // cell] for column in range(width)] for row in range(height)]
+        assert ranks[image].tolist() == expected
 
 
 def test_cells_of_one_pixel_cost_nothing():
