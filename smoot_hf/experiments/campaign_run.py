@@ -154,8 +154,8 @@ def run(plan: Plan) -> dict[str, Any]:
 
     Returns:
         "accuracy" in percent; "localisation" by score, where there is evidence; "deletion" with the gap and the area of
-        the plain curve; "diff_roar" where it was asked for; "k" in pixels, `None` for standard training; "seconds" of
-        training and of judging, by the clock and ("_cpu") of the processor.
+        the plain curve; "diff_roar" where it was asked for; "k" in positions, `None` for standard training; "seconds"
+        of training and of judging, by the clock and ("_cpu") of the processor.
     """
     args, controls = plan.arguments(), plan.controls()
     splits = make_splits(plan.images(), plan.seed)
