@@ -53,7 +53,7 @@ def train(
 ) -> None:
     """Train on batches of images (B, C, H, W), labels (B,) and their rows in the training set (B,)."""
     network = accelerator.unwrap_model(model).train()
-    step_size = settings.step_in_pixels(budget.image_size)
+    step_size = settings.step_in_positions(budget.image_size)
     for epoch in range(num_epochs):
         budget.begin_epoch(epoch)
         seen = []
@@ -101,7 +101,7 @@ def main() -> None:
         budget.save(f"{args.output_dir}/{MASK_BUDGET_NAME}")
         k = budget.statistics()
         print(f"test accuracy {(predicted == labels).float().mean():.2%} of {len(labels)} images")
-        print(f"K min/median/max {k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} pixels per training image")
+        print(f"K min/median/max {k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} {budget.unit} per training image")
         print(f"model and K saved in {args.output_dir}, {accelerator.num_processes} process(es)")
 
 

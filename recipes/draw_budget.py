@@ -36,7 +36,7 @@ class ClassBudget(NamedTuple):
     Attributes:
         label: name of the class.
         sample_idx: int64 (n,), rows of the training set, by rising K.
-        k: int32 (n,), their K in pixels, rising.
+        k: int32 (n,), their K, rising.
     """
 
     label: str
@@ -124,8 +124,7 @@ def draw(found: Sequence[ClassBudget], images: DecodedImages, budget: MaskBudget
                     axes.set_axis_off()
         figure.axes[row * (2 * count + 1)].set_ylabel(one.label, rotation=0, ha="right", va="center", fontsize=11)
         _distribution(figure, grid[row, count + 1], one, edges, is_last=row == len(found) - 1)
-    height, width = budget.image_size
-    _heads(figure, count, f"K: masked pixels of {height * width}")
+    _heads(figure, count, f"K: masked {budget.unit} of {budget.positions}")
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 

@@ -1,5 +1,7 @@
 """SMOOT from the equations alone, without a Trainer: the oracle that a training with any feature is held to."""
 
+import math
+
 import reference
 import torch
 from torch.nn import functional as F
@@ -18,9 +20,10 @@ class PlainTraining:
 
     def __init__(self, model, data, args):
         self.model, self.data, self.args = model.train(), data, args
-        self.pixels = data.images[0, 0].numel()
-        self.k = [int(args.mask_ratio * self.pixels)] * len(data)
-        self.bounds = [int(ratio * self.pixels) for ratio in (args.mask_ratio_min, args.mask_ratio_max)]
+        self.image_size = data.images.shape[2:]
+        positions = math.prod(math.ceil(side / args.mask_cell) for side in self.image_size)
+        self.k = [int(args.mask_ratio * positions)] * len(data)
+        self.bounds = [int(ratio * positions) for ratio in (args.mask_ratio_min, args.mask_ratio_max)]
         self.has_moved, self.epoch, self.losses = set(), None, []
 
     def follow(self, calls):
@@ -40,12 +43,8 @@ class PlainTraining:
         score = sum(row[label] for row, label in zip(logits, labels, strict=True))
         (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True)
         assert gradient.flatten(1).any(dim=1).all(), "an image without saliency"
-        mask = torch.tensor(
-            [
-                reference.least_salient_mask(saliency.tolist(), self.k[row])
-                for row, saliency in zip(rows, gradient.mean(1), strict=True)
-            ]
-        )[:, None]
+        masks = zip(gradient.mean(1).tolist(), [self.k[row] for row in rows], strict=True)
+        mask = torch.tensor([self._mask(saliency, k) for saliency, k in masks])[:, None]
         noise = SF.counter_uniform(self.args.seed, self.epoch, torch.tensor(rows), images.shape[1:])
         torch.set_rng_state(random_state)
         masked = self.model(pixel_values=torch.where(mask, SF.uniform_fill(images, mask, noise), images)).logits
@@ -60,6 +59,11 @@ class PlainTraining:
                     parameter -= self.args.learning_rate * gradient
         self.losses.append(loss.item())
         self._move(rows, logits.tolist(), masked.tolist(), labels.tolist())
+
+    def _mask(self, saliency, k):
+        cell = self.args.mask_cell
+        masked = reference.least_salient_mask(reference.cell_sum(saliency, cell), k)
+        return reference.spread_cells(masked, cell, *self.image_size)
 
     def _move(self, rows, logits, masked, labels):
         for row, one, other in zip(rows, logits, masked, strict=True):

@@ -18,6 +18,20 @@ def least_salient_mask(saliency, k):
     return [[(row, column) in chosen for column in range(len(saliency[0]))] for row in range(len(saliency))]
 
 
+def cell_sum(values, cell):
+    """Sums over cells of cell x cell pixels, cut from the top left; those at the far edges are of fewer pixels."""
+    sums = [[0.0] * -(-len(values[0]) // cell) for _ in range(-(-len(values) // cell))]
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            sums[row // cell][column // cell] += value
+    return sums
+
+
+def spread_cells(values, cell, height, width):
+    """The value of its cell for every pixel."""
+    return [[values[row // cell][column // cell] for column in range(width)] for row in range(height)]
+
+
 def uniform_fill(channel, is_masked, noise):
     """Section 4.1: uniform between the minimum and maximum of the remaining pixels of one channel of one image."""
     flat = [

@@ -1,6 +1,6 @@
 """Ways to find the exactly K least salient pixels of every image, with K of its own and ties broken by position.
 
-    python recipes/benchmarks/ranking.py [--turns 9] [--threads 1] [--output FILE.json]
+    python recipes/benchmarks/ranking.py [--turns 9] [--threads 1] [--cell 16] [--output FILE.json]
 
 Time: a minute on one core. The ways take turns; the ratio is taken within a turn. Before anything is timed each way
 must give what `functional.least_salient_mask` gives, bit for bit, on ties, NaN, infinities, subnormal numbers, -0.0
@@ -18,6 +18,9 @@ beside 0.0, K = 0 and K = H*W.
   halves        the same, the upper 16 bits first, then the lower of what is left: twice as many keys in a register.
   histogram     the K-th key byte by byte: 4 histograms (2 of bfloat16) of 256 counts a row.
 
+With `--cell` something else is measured: at 224x224, and for cells of this side beside single pixels, finding the mask
+alone, and all that SMOOT does beside its passes (masking: saliency of the gradient, mask, noise, fill).
+
 `kthvalue` and `topk` take one K for all rows and are no way to a K of each image's own.
 """
 
@@ -32,9 +35,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smoot_hf.functional import least_salient_mask
+from smoot_hf import SmootSettings
+from smoot_hf.functional import cell_grid, cell_sum, least_salient_mask, spread_cells
+from smoot_hf.training.masked_step import mask_images
 
 SIZES = {"256 x 28x28": (256, 28, 28), "256 x 32x32": (256, 32, 32), "64 x 224x224": (64, 224, 224)}
+LARGEST = "64 x 224x224"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Signed integers as wide as a float, and their largest.
 BITS = {torch.float32: (32, torch.int32), torch.bfloat16: (16, torch.int16)}
@@ -160,7 +166,9 @@ def histogram(saliency: Tensor, k: Tensor) -> Tensor:
     return up_to_threshold(unsigned, found, k, saliency.shape)
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+# (saliency (B, H, W), k (B,)) -> a mask.
+Way = Callable[[Tensor, Tensor], Tensor]
+WAYS: dict[str, Way] = {
     "argsort": least_salient_mask,
     "one sort": one_sort,
     "sort int32": sort_int32,
@@ -195,7 +203,35 @@ def check(device: torch.device) -> None:
                     raise AssertionError(f"{name} is another mask in {dtype}")
 
 
-def milliseconds(way: Callable[[Tensor, Tensor], Tensor], saliency: Tensor, k: Tensor) -> float:
+def ways_with_cells(saliency: Tensor, cell: int) -> dict[str, dict[str, Way]]:
+    """What is measured with `--cell`: the mask alone, and masking, of pixels and of cells."""
+    batch, height, width = saliency.shape
+    size, share = (height, width), math.prod(cell_grid((height, width), cell)) / (height * width)
+    images = torch.rand(batch, 3, height, width, device=saliency.device)
+    rows = torch.arange(batch, device=saliency.device)
+
+    def cells_of(k: Tensor) -> Tensor:
+        return (k * share).int()
+
+    def mask_of_cells(saliency: Tensor, k: Tensor) -> Tensor:
+        return spread_cells(least_salient_mask(cell_sum(saliency, cell), cells_of(k)), cell, size)
+
+    def masking(mask_cell: int) -> Way:
+        settings = SmootSettings(mask_cell=mask_cell)
+
+        def way(saliency: Tensor, k: Tensor) -> Tensor:
+            gradient = saliency[:, None].expand_as(images)
+            return mask_images(images, gradient, rows, k if mask_cell == 1 else cells_of(k), 0, settings)[0]
+
+        return way
+
+    return {
+        "mask": {"pixels": least_salient_mask, f"cells of {cell}": mask_of_cells},
+        "masking": {"pixels": masking(1), f"cells of {cell}": masking(cell)},
+    }
+
+
+def milliseconds(way: Way, saliency: Tensor, k: Tensor) -> float:
     """Wall-clock time of one call, the device's work included."""
     if saliency.is_cuda:
         torch.cuda.synchronize()
@@ -206,15 +242,15 @@ def milliseconds(way: Callable[[Tensor, Tensor], Tensor], saliency: Tensor, k: T
     return 1000 * (time.perf_counter() - start)
 
 
-def measure(saliency: Tensor, k: Tensor, turns: int) -> dict[str, dict[str, float]]:
-    """Median time of each way with its extremes, and how many times as fast as argsort it is in the same turn."""
-    for way in WAYS.values():
+def measure(ways: dict[str, Way], saliency: Tensor, k: Tensor, turns: int) -> dict[str, dict[str, float]]:
+    """Median time of each way with its extremes, and how many times as fast as the first it is in the same turn."""
+    for way in ways.values():
         milliseconds(way, saliency, k)
-    measured = [{name: milliseconds(way, saliency, k) for name, way in WAYS.items()} for _ in range(turns)]
-    results = {}
-    for name in WAYS:
+    measured = [{name: milliseconds(way, saliency, k) for name, way in ways.items()} for _ in range(turns)]
+    first, results = next(iter(ways)), {}
+    for name in ways:
         times = [turn[name] for turn in measured]
-        speedup = statistics.median(turn["argsort"] / turn[name] for turn in measured)
+        speedup = statistics.median(turn[first] / turn[name] for turn in measured)
         results[name] = {"ms": statistics.median(times), "min": min(times), "max": max(times), "speedup": speedup}
     return results
 
@@ -224,22 +260,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=9, help="Turns to measure, after one to warm up (default 9).")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch.")
+    parser.add_argument("--cell", type=int, help="Compare cells of this side with single pixels, at 224x224.")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/ranking.json"), help="JSON file.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for device in (torch.device(name) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()):
         check(device)
-        for size, (batch, height, width) in SIZES.items():
+        sizes = SIZES if arguments.cell is None else {LARGEST: SIZES[LARGEST]}
+        for size, (batch, height, width) in sizes.items():
             generator = torch.Generator().manual_seed(0)
             values = torch.randn(batch, height, width, generator=generator)
             k = torch.randint(height * width // 5, height * width * 4 // 5, (batch,), generator=generator)
             for name, dtype in DTYPES.items():
-                case = f"{device.type}, {size}, {name}"
-                results[case] = measure(values.to(device, dtype), k.to(device, torch.int32), arguments.turns)
-                print(f"\n{case}\n{'':<14}{'ms':>9}{'times as fast':>15}   min .. max")
-                for way, r in results[case].items():
-                    print(f"{way:<14}{r['ms']:>9.2f}{r['speedup']:>15.2f}   {r['min']:.2f} .. {r['max']:.2f}")
+                saliency = values.to(device, dtype)
+                groups = {"": WAYS} if arguments.cell is None else ways_with_cells(saliency, arguments.cell)
+                for group, ways in groups.items():
+                    case = ", ".join(filter(None, (device.type, size, name, group)))
+                    results[case] = measure(ways, saliency, k.to(device, torch.int32), arguments.turns)
+                    print(f"\n{case}\n{'':<14}{'ms':>9}{'times as fast':>15}   min .. max")
+                    for way, r in results[case].items():
+                        print(f"{way:<14}{r['ms']:>9.2f}{r['speedup']:>15.2f}   {r['min']:.2f} .. {r['max']:.2f}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "threads": torch.get_num_threads(),

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from ..functional.removal import Fill, check_choice, even_fractions, removed_counts
@@ -30,13 +31,16 @@ class Convention:
             output.
         fill: what replaces a removed pixel, see `functional.removal.removal_fill`.
         fractions: removed (insertion: restored) fractions of the positions, rising; the first and the last are the end
-            points. Each becomes floor(fraction * H * W) positions.
+            points. Each becomes floor(fraction * positions).
         normalisation: `"none"`: the area by the trapezoid rule over the true fractions. `"span"`: this area divided by
             the distance of the end points, which is the mean height of the curve. Published code that divides by the
             number of steps, as that of RISE does, reports this; from 0 to 100 % both are the same.
+        cell: side in pixels of the cells that are removed and restored whole, in the order of the attribution summed
+            over each, see `functional.cell_sum`. Positions are cells then; with 1 they are pixels.
 
     Raises:
-        ValueError: a field outside its choices, or fractions that do not rise within [0, 1].
+        ValueError: a field outside its choices, fractions that do not rise within [0, 1], or a cell that is no whole
+            number of at least 1.
     """
 
     attribution: str = "gradient"
@@ -47,6 +51,7 @@ class Convention:
     fill: Fill = "corner"
     fractions: tuple[float, ...] = even_fractions(10)
     normalisation: Normalisation = "none"
+    cell: int = 1
 
     def __post_init__(self) -> None:
         check_choice("target", self.target, Target)
@@ -56,6 +61,8 @@ class Convention:
         if self.score is not None:
             check_choice("score", self.score, AttributionScore)
         removed_counts(self.fractions, 1)  # raises unless they rise within [0, 1]
+        if not isinstance(self.cell, Integral) or isinstance(self.cell, bool) or self.cell < 1:
+            raise ValueError(f"cell must be a whole number of at least 1, got {self.cell!r}")
 
     @property
     def end_points(self) -> tuple[float, float]:
@@ -68,9 +75,10 @@ class Convention:
         value = "correct" if self.measure == "accuracy" else "probability of the class"
         kind = {None: "", True: "signed ", False: "magnitude of "}[self.signed]
         of = "" if self.score is None else f" of the {self.target} class' {self.score.replace('_', '-')}"
+        cells = "" if self.cell == 1 else f"cells of {self.cell}x{self.cell} pixels, "
         area = "trapezoid" if self.normalisation == "none" else "trapezoid divided by its span"
         return (
-            f"{value} in percent ({self.target}), most salient first by {kind}{self.attribution}{of}, "
+            f"{value} in percent ({self.target}), {cells}most salient first by {kind}{self.attribution}{of}, "
             f"{self.fill} fill, {first} to {last} % in {len(self.fractions) - 1} steps, {area}"
         )
 
@@ -100,6 +108,7 @@ def resolve_convention(
     attribution: str | Callable[..., Any] | None = None,
     steps: int | None = None,
     fill: Fill | None = None,
+    cell: int | None = None,
 ) -> Convention:
     """A preset by name, or a convention, with single fields replaced.
 
@@ -109,6 +118,7 @@ def resolve_convention(
             and `signed` open, as `"random"` does; `None` leaves the convention's.
         steps: number of even steps between the convention's end points, at least 1; `None` leaves its fractions.
         fill: `None` leaves the convention's.
+        cell: `None` leaves the convention's.
 
     Raises:
         ValueError: an unknown preset, or a value out of range.
@@ -129,4 +139,6 @@ def resolve_convention(
         convention = dataclasses.replace(convention, fractions=even_fractions(steps, last, first))
     if fill is not None:
         convention = dataclasses.replace(convention, fill=fill)
+    if cell is not None:
+        convention = dataclasses.replace(convention, cell=cell)
     return convention

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..functional import counter_uniform
 from ..functional.perturbation import (
     area_under_curve,
     deletion_outputs,
@@ -33,6 +32,7 @@ from .ranked_batches import (
     check_predictions,
     data_batches,
     is_ranked,
+    random_map,
     rank_batch,
     warn_of_nan_predictions,
 )
@@ -83,7 +83,8 @@ class Faithfulness:
         convention: how it was measured.
         accuracy: of the unmasked images against their labels, over all images, the skipped ones included. A model whose
             outputs for an image hold a NaN is wrong about it.
-        fractions: float64 (S+1,), the true fractions: removed (insertion: restored) positions / (H * W).
+        fractions: float64 (S+1,), the true fractions: removed (insertion: restored) positions of all positions, which
+            are the H * W pixels, or the cells of the convention.
         deletion: most salient positions removed first; lower is better.
         insertion: most salient positions restored first; higher is better. `None` where it was not asked for.
         least_salient_first: least salient positions removed first; higher is better. `None` as above.
@@ -199,6 +200,7 @@ def evaluate_faithfulness(
     fill: Fill | None = None,
     *,
     convention: Convention | Literal["default", "paper"] = "default",
+    cell: int | None = None,
     curves: Sequence[FurtherCurve] = ALL_CURVES,
     input_pipeline: Any = None,
     data_collator: Collator | None = None,
@@ -224,6 +226,9 @@ def evaluate_faithfulness(
         fill: what replaces a removed pixel. Default: as the convention says.
         convention: `"default"`: accuracy, magnitude of the logit's gradient, corner fill, 0 to 100 % by 10. `"paper"`:
             the log-probability's gradient and 0 to 90 % by 10. Or a `Convention` of your own.
+        cell: side in pixels of the cells that are removed and restored whole, in the order of the attribution summed
+            over each; 16 removes the patches of a ViT/16. Fractions are of cells then. At most the shorter side of the
+            images. Default: as the convention says, 1, which removes single pixels.
         curves: what to measure beside deletion.
         input_pipeline: normalises uint8 pixels and resizes after the mask, which acts at native resolution; `None`
             where the data come normalised and at the model's size.
@@ -241,12 +246,13 @@ def evaluate_faithfulness(
     Raises:
         ValueError: an empty data set, or something else in its place (a `DataLoader`, a `DatasetDict`); a model whose
             output has no logits, or of one class; labels that are text, floats or no classes of the model; `steps` that
-            is no whole number of at least 1; an attribution of another shape than (B, H, W), or an unknown choice.
+            is no whole number of at least 1; an attribution of another shape than (B, H, W), a cell that does not fit
+            into the images, or an unknown choice.
         NothingToMeasureError: a ValueError: for every image the attribution is NaN or the same at all positions, or the
             model's outputs hold a NaN.
     """
     own = attribution if callable(attribution) else None
-    convention = resolve_convention(convention, attribution, steps, fill)
+    convention = resolve_convention(convention, attribution, steps, fill, cell)
     unknown = set(curves) - set(ALL_CURVES)
     if unknown:
         raise ValueError(f"curves must be among {ALL_CURVES}, got {sorted(unknown)}")
@@ -265,7 +271,7 @@ def evaluate_faithfulness(
         ):
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
             parts.append(_measure(scorer, ranked, convention, curves, batch_size, seed))
-            positions = batch.images[0, 0].numel()
+            positions = ranked.positions
     return _collect(parts, convention, positions, seed, identity.fingerprint)
 
 
@@ -278,12 +284,12 @@ def _measure(
     seed: int,
 ) -> dict[str, Tensor]:
     """The curves (B, S+1) of one batch, with what must be known of each image; everything stays on the device."""
-    positions = batch.images[0, 0].numel()
+    cell, positions = convention.cell, batch.positions
     known = {0: batch.outputs}
     if "insertion" in curves or convention.fractions[-1] == 1.0:
         with torch.no_grad():
             known[positions] = score(batch.fill.expand_as(batch.images))
-    options: dict[str, Any] = {"chunk_size": batch_size, "known": known}
+    options: dict[str, Any] = {"cell": cell, "chunk_size": batch_size, "known": known}
     fixed = (convention.fractions, batch.fill)
     ranked = (score, batch.images, batch.attribution, *fixed)
     part = {
@@ -304,7 +310,7 @@ def _measure(
     if "least_salient_first" in curves:
         add("least_salient_first", deletion_outputs(*ranked, order="least_salient_first", **options))
     if "random" in curves:
-        noise = counter_uniform(seed, 0, batch.sample_idx, tuple(batch.images.shape[2:]))
+        noise = random_map(seed, batch.sample_idx, batch.images.shape[2:], cell)
         add("random", deletion_outputs(score, batch.images, noise, *fixed, **options))
     return part
 

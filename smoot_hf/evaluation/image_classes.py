@@ -146,6 +146,7 @@ def find_image_classes(
     *,
     margin: float = 0.01,
     convention: Convention | Literal["default", "paper"] = "default",
+    cell: int | None = None,
     input_pipeline: Any = None,
     data_collator: Collator | None = None,
     label_name: str | None = None,
@@ -164,6 +165,7 @@ def find_image_classes(
         margin: rise of the probability that counts, in [0, 1). The default, one percentage point, keeps changes in the
             last digits of a certain prediction out.
         convention: preset or `Convention`; its `measure` is not used, both curves are kept.
+        cell: side in pixels of the cells that are masked whole.
         input_pipeline: normalises, and resizes after the mask.
         data_collator: makes a batch of a list of rows.
         label_name: key of the labels; `None`: `labels` or `label`.
@@ -178,7 +180,7 @@ def find_image_classes(
         ValueError: as `evaluate_faithfulness`; a margin outside [0, 1); fractions that do not start at 0.
     """
     own = attribution if callable(attribution) else None
-    convention = resolve_convention(convention, attribution, steps, fill)
+    convention = resolve_convention(convention, attribution, steps, fill, cell)
     if not 0 <= margin < 1:
         raise ValueError(f"margin must lie in [0, 1), got {margin}")
     if convention.fractions[0] != 0:
@@ -195,11 +197,12 @@ def find_image_classes(
             batch_size=batch_size,
         ):
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
-            positions = batch.images[0, 0].numel()
+            positions = ranked.positions
             counts = removed_counts(convention.fractions, positions)
             with torch.no_grad():
                 nothing = scorer(ranked.fill.expand_as(batch.images))
-            ranks, known = removal_ranks(ranked.attribution), {0: ranked.outputs, positions: nothing}
+            ranks = removal_ranks(ranked.attribution, cell=convention.cell)
+            known = {0: ranked.outputs, positions: nothing}
             outputs = perturbed_outputs(scorer, batch.images, ranked.fill, ranks, counts, batch_size, known)
             probability.append(measure_outputs(outputs, ranked.target, "probability"))
             is_correct.append(measure_outputs(outputs, ranked.target, "accuracy").bool())

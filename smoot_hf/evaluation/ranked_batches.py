@@ -1,6 +1,7 @@
 """Ranked batches: the images of an evaluation in batches, with their outputs, attributions and fills."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.utils import logging
 
-from ..functional import class_score, counter_uniform, input_saliency
+from ..functional import cell_grid, cell_sum, class_score, counter_uniform, input_saliency, spread_cells
 from ..functional.masking import ranking_key
 from ..functional.perturbation import check_attribution, has_prediction
 from ..functional.removal import removal_fill
@@ -52,12 +53,21 @@ class DataBatch:
 
 @dataclass(frozen=True)
 class RankedBatch(DataBatch):
-    """A batch with the clean outputs (B, classes), the class followed (B,), the attribution (B, H, W) and the fill."""
+    """A batch with the clean outputs (B, classes), the class followed (B,), the attribution (B, H, W) and the fill.
+
+    What is removed from it are cells of `cell` by `cell` pixels.
+    """
 
     outputs: Tensor
     target: Tensor
     attribution: Tensor
     fill: Tensor
+    cell: int = 1
+
+    @property
+    def positions(self) -> int:
+        """How many positions an image has: pixels, or cells."""
+        return math.prod(cell_grid(self.images.shape[2:], self.cell))
 
     @property
     def has_prediction(self) -> Tensor:
@@ -71,10 +81,16 @@ class RankedBatch(DataBatch):
 
     @property
     def is_flat(self) -> Tensor:
-        """Bool (B,): the attribution has one value everywhere, and ranks nothing."""
-        # Unsigned integers have no minimum in torch, their ranking keys have.
-        low, high = ranking_key(self.attribution).flatten(1).aminmax(dim=1)
-        return low == high
+        """Bool (B,): the attribution has one value everywhere, or one sum in all cells, and ranks nothing."""
+        is_flat = _has_one_value(self.attribution)
+        return is_flat if self.cell == 1 else is_flat | _has_one_value(cell_sum(self.attribution, self.cell))
+
+
+def _has_one_value(values: Tensor) -> Tensor:
+    """Bool (B,), of (B, H, W)."""
+    # Unsigned integers have no minimum in torch, their ranking keys have.
+    low, high = ranking_key(values).flatten(1).aminmax(dim=1)
+    return low == high
 
 
 def data_batches(
@@ -329,9 +345,11 @@ def rank_batch(
     """Clean outputs, the class that is followed, the attribution and the fill of a batch.
 
     Raises:
-        ValueError: a label that is no class of the model, a model without logits, or an attribution that is no tensor,
-            has another shape than (B, H, W), is complex, or has no gradient to be made of.
+        ValueError: a label that is no class of the model, a model without logits, cells that do not fit into the
+            images, or an attribution that is no tensor, has another shape than (B, H, W), is complex, or has no
+            gradient to be made of.
     """
+    cell_grid(batch.images.shape[2:], convention.cell)
     by_gradient = attribution is None and convention.attribution == "gradient"
     score, signed = convention.score or "logit", bool(convention.signed)
     images = batch.images.detach().requires_grad_(by_gradient)
@@ -347,6 +365,8 @@ def rank_batch(
         with needs_gradient(model, "gradient"):
             values = input_saliency(class_score(outputs, target, score), images, signed)
         outputs = outputs.detach()
+    elif attribution is None and convention.attribution == "random":
+        values = random_map(seed, batch.sample_idx, batch.images.shape[2:], convention.cell)
     elif attribution is None:
         values = attribute(
             model,
@@ -369,4 +389,15 @@ def rank_batch(
     if convention.fill == "uniform":
         noise = counter_uniform(seed, _FILL_STREAM, batch.sample_idx, tuple(batch.images.shape[1:]))
     fill = removal_fill(batch.images, convention.fill, noise)
-    return RankedBatch(batch.images, batch.labels, batch.sample_idx, outputs, target, values, fill)
+    return RankedBatch(batch.images, batch.labels, batch.sample_idx, outputs, target, values, fill, convention.cell)
+
+
+def random_map(seed: int, sample_idx: Tensor, image_size: Sequence[int], cell: int = 1) -> Tensor:
+    """The control: noise in the place of an attribution, float32 (B, H, W), a function of seed and sample alone.
+
+    The pixels of a cell share its noise in equal parts, so that the sums over the cells are all drawn alike. Noise
+    drawn by pixel would have smaller sums in the narrower cells at the edge, and remove these last.
+    """
+    noise = counter_uniform(seed, 0, sample_idx, cell_grid(image_size, cell))
+    sizes = cell_sum(torch.ones(1, *image_size, device=noise.device), cell)
+    return spread_cells(noise / sizes, cell, image_size)

@@ -165,9 +165,9 @@ def run(plan: Plan, weights: Path | None = None) -> dict[str, Any]:
 
     Returns:
         "accuracy" in percent; "localisation" by score, where there is evidence; "deletion" with the gap and the area of
-        the plain curve; "tables", "history" and "diff_roar" where they were asked for; "k" in pixels, `None` for
-        standard training; "seconds" of training (the history included) and of judging, by the clock and ("_cpu") of
-        the processor.
+        the plain curve; "diff_roar" where it was asked for; "k" in positions, `None` for standard training; "seconds"
+        of training and of judging, by the clock and ("_cpu") of the processor.
+        after_epoch()
     """
     args, controls, data = plan.arguments(), plan.controls(), plan.images()
     splits = make_splits(data, plan.seed)
@@ -269,7 +269,7 @@ def train(
                 if controls.k_control == "random_walk":
                     sign = SF.counter_uniform(args.seed ^ _WALK_STREAM, epoch, rows, (1,))[:, 0].sub(0.5).sign()
                     delta = delta.abs() * sign
-                budget.update(rows, delta, settings.step_in_pixels(image_size), settings.rounding)
+                budget.update(rows, delta, settings.step_in_positions(image_size), settings.rounding)
         after_epoch()
     return budget
 

@@ -221,7 +221,7 @@ class Measuring:
 
     def convention(self, attribution: Method, fill: Fill) -> Convention:
         """Of one line of the table."""
-        return resolve_convention(self.options.convention, attribution, self.options.steps, fill)
+        return resolve_convention(self.options.convention, attribution, self.options.steps, fill, self.options.cell)
 
     def curves(self, convention: Convention) -> Faithfulness:
         """All curves by one convention."""

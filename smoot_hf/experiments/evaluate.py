@@ -1,7 +1,7 @@
 """Measure how faithful the saliency of any trained checkpoint is: curves, areas, image classes, sanity check.
 
     smoot-hf evaluate CHECKPOINT --dataset DATA [--convention default|paper] [--config FILE]
-        [--attribution gradient integrated_gradients ...] [--fill corner mean ...] [--output FOLDER]
+        [--attribution gradient integrated_gradients ...] [--fill corner mean ...] [--cell 16] [--output FOLDER]
 
 CHECKPOINT is a folder or Hub id of transformers or timm; DATA is what `smoot-hf train` takes. Written into the output
 folder: results.json, table.md, curves_<attribution>.png and classes_<attribution>.png; and, as soon as it is made,
@@ -92,6 +92,7 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--attribution", nargs="+", choices=ATTRIBUTIONS, default=["gradient"])
     parser.add_argument("--fill", nargs="+", choices=FILLS, default=["corner", "mean"], help="At least two.")
     parser.add_argument("--steps", type=int, help="Even steps of the curves (default: the convention's).")
+    parser.add_argument("--cell", type=int, default=1, help="Remove whole cells of this side in pixels (default 1).")
     parser.add_argument("--max_eval_samples", type=int, help="This many test images, always the same ones.")
     parser.add_argument("--batch_size", type=int, default=256, help="Images per forward pass (default 256).")
     parser.add_argument("--bf16", action="store_true", help="Run the network under bfloat16 autocast.")

@@ -189,7 +189,7 @@ def draw_budgets(histories: Mapping[str, BudgetHistory], path: Path) -> None:
         label = f"{name} of all, {statistics[name][-1]:g} at the end"
         axes.plot(epochs, statistics[name], line, color="#D55E00", linewidth=1.8, label=label)
     axes.set_xlabel("epochs completed")
-    axes.set_ylabel(f"K: masked pixels of {first.pixels}")
+    axes.set_ylabel(f"K: masked positions of {first.pixels}")
     axes.set_title(f"K of the training images of {', '.join(map(figure_text, histories))}", fontsize=10)
     used = levels[counts.any(axis=0)]
     axes.set(xlim=(sides[0], sides[-1]), ylim=(used[0] - 1, used[-1] + 1 + (used[-1] - used[0]) / 4))

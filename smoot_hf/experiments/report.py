@@ -61,7 +61,7 @@ _CAPTIONS = {
     ),
     "k": (
         "K over the epochs",
-        "How many training images have which K (number of masked pixels) after each epoch of SMOOT.",
+        "How many training images have which K (number of masked positions) after each epoch of SMOOT.",
     ),
 }
 
@@ -172,7 +172,7 @@ def _budgets(by_seed: Mapping[int, Run]) -> dict[str, Measurement]:
     if len(budgets) < len(by_seed):
         return {}
     return {
-        name: Measurement({seed: k[name] for seed, k in budgets.items()}, "pixels")
+        name: Measurement({seed: k[name] for seed, k in budgets.items()}, "positions")
         for name in ("k_min", "k_median", "k_max")
     }
 
@@ -259,8 +259,8 @@ def write_method_report(
         "training method does, so each number stands under its convention, and only numbers of one convention compare. "
         "The control is the same model with the positions removed in random order: an AUC that is not below it says "
         "nothing, and where the control is lower too, part of a low AUC is a model that bears any removal less well.",
-        "K is counted over the training images at the end of training, in pixels. Values are mean ± standard deviation "
-        "over n seeds.",
+        "K is counted over the training images at the end of training, in pixels, or in cells where mask_cell is above "
+        "1. Values are mean ± standard deviation over n seeds.",
     ]
     differences = html_table(
         ["AUC of", "Difference", "n", "95 % interval over seeds", "Over the seeds", "Over the images, by pair"],

@@ -41,7 +41,7 @@ class RunRecord:
         seed: of the initial weights and of all randomness of training.
         settings: the arguments that differ from the library's defaults; `None` where nothing recorded them.
         dataset_fingerprint: of the training set; `None` as above.
-        k: "k_min", "k_median" and "k_max" at the end, in pixels; `None` for standard training.
+        k: "k_min", "k_median" and "k_max" at the end, in positions; `None` for standard training.
         train_seconds: wall-clock time of training; `None` where nothing recorded it.
         is_finished: whether training has ended.
     """
@@ -273,7 +273,7 @@ class BudgetHistory:
     """Histograms of K over the training set.
 
     Attributes:
-        pixels: H * W of an image.
+        pixels: positions of an image: its H * W pixels, or the cells of `mask_cell`.
         k_min: the K that the first number of every histogram counts; the others follow by one.
         epochs: epochs completed at each histogram, rising from 0.
         counts: the histograms, in the order of the epochs.
@@ -358,7 +358,6 @@ class RecordBudget(TrainerCallback):
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         epoch = round(state.epoch or 0.0, 4)
-        height, width = budget.image_size
-        history = (BudgetHistory.load(folder) if epoch else None) or BudgetHistory(height * width, budget.k_min)
+        history = (BudgetHistory.load(folder) if epoch else None) or BudgetHistory(budget.positions, budget.k_min)
         history.add(epoch, budget.histogram.tolist())
         history.save(folder)

@@ -222,8 +222,8 @@ def summary(
     lines = {"method": args.method, "data, model": f"{recipe.dataset}, {recipe.model}"}
     lines["test accuracy"] = f"{metrics['eval_accuracy']:.2%} of {len(trainer.eval_dataset)} images"
     if trainer.mask_budget is not None:
-        k = trainer.mask_budget.statistics()
-        lines["K min/median/max"] = f"{k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} pixels per training image"
+        k, unit = trainer.mask_budget.statistics(), trainer.mask_budget.unit
+        lines["K min/median/max"] = f"{k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} {unit} per training image"
     lines["model saved in"] = args.output_dir
     return "\n".join(["", *(f"  {name:<18}{value}" for name, value in lines.items())])
 

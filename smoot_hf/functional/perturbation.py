@@ -4,12 +4,14 @@
 a curve; what is removed, and by what it is replaced, is in `removal.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .cells import cell_grid
 from .removal import Order, check_choice, removal_ranks, removed_counts
 
 Measure = Literal["accuracy", "probability", "output"]
@@ -40,11 +42,11 @@ def perturbed_outputs(
         score: (M, C, H, W) -> (M, classes); called under `torch.no_grad`.
         images: (B, C, H, W).
         fill: broadcastable to the images.
-        ranks: int64 (B, H, W), the turn at which a position is removed.
+        ranks: int64 (B, H, W), the turn at which a pixel is removed, from `removal_ranks`.
         counts: S numbers of removed positions.
         chunk_size: images per forward pass, at least 1.
         known: outputs (B, classes) that need no forward pass, by the number of removed positions: 0 is the unmasked
-            image, H*W the fill alone. Several curves of the same images share these two.
+            image, all positions the fill alone. Several curves of the same images share these two.
 
     Returns:
         (B, S, classes), in the dtype of the outputs.
@@ -146,6 +148,7 @@ def deletion_outputs(
     fill: Tensor,
     *,
     order: Order = "most_salient_first",
+    cell: int = 1,
     chunk_size: int = 256,
     known: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
@@ -154,8 +157,8 @@ def deletion_outputs(
     Arguments and errors are those of `deletion_curve`.
     """
     check_attribution(images, attribution)
-    ranks = removal_ranks(attribution, order)
-    counts = removed_counts(fractions, ranks[0].numel())
+    ranks = removal_ranks(attribution, order, cell)
+    counts = removed_counts(fractions, math.prod(cell_grid(images.shape[2:], cell)))
     return perturbed_outputs(score, images, fill, ranks, counts, chunk_size, known)
 
 
@@ -166,6 +169,7 @@ def insertion_outputs(
     fractions: Sequence[float],
     fill: Tensor,
     *,
+    cell: int = 1,
     chunk_size: int = 256,
     known: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
@@ -174,9 +178,9 @@ def insertion_outputs(
     Arguments and errors are those of `insertion_curve`.
     """
     check_attribution(images, attribution)
-    # Putting back the first c in rank is removing the last H*W - c: the same ranks, read backwards.
-    ranks = removal_ranks(attribution)
-    positions = ranks[0].numel()
+    # Putting back the first c in rank is removing the others: the same ranks, read backwards.
+    ranks = removal_ranks(attribution, cell=cell)
+    positions = math.prod(cell_grid(images.shape[2:], cell))
     counts = [positions - restored for restored in removed_counts(fractions, positions)]
     return perturbed_outputs(score, images, fill, positions - 1 - ranks, counts, chunk_size, known)
 
@@ -191,6 +195,7 @@ def deletion_curve(
     *,
     order: Order = "most_salient_first",
     measure: Measure = "accuracy",
+    cell: int = 1,
     chunk_size: int = 256,
     known: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
@@ -201,10 +206,12 @@ def deletion_curve(
         images: (B, C, H, W).
         attribution: (B, H, W) of any real type; NaN is removed last.
         target: int64 (B,), the class that is followed.
-        fractions: S+1 rising fractions in [0, 1]; the point at `f` has floor(f * H * W) positions removed.
+        fractions: S+1 rising fractions in [0, 1]; the point at `f` has floor(f * positions) of them removed, where the
+            positions are the H * W pixels, or the cells.
         fill: broadcastable to the images, for example from `removal_fill`.
         order: what is removed first.
         measure: what the curve shows, see `measure_outputs`.
+        cell: side of the cells that are removed whole, in pixels, see `removal_ranks`.
         chunk_size: images per forward pass, at least 1.
         known: outputs by the number of removed positions, where they are known already, see `perturbed_outputs`.
 
@@ -213,11 +220,11 @@ def deletion_curve(
 
     Raises:
         ValueError: shapes that do not match, no image, a complex attribution, a single class, or an argument out of
-            range.
+            range, as a cell that does not fit into the images.
     """
     _check_target(images, target)
     outputs = deletion_outputs(
-        score, images, attribution, fractions, fill, order=order, chunk_size=chunk_size, known=known
+        score, images, attribution, fractions, fill, order=order, cell=cell, chunk_size=chunk_size, known=known
     )
     return measure_outputs(outputs, target, measure)
 
@@ -231,16 +238,19 @@ def insertion_curve(
     fill: Tensor,
     *,
     measure: Measure = "accuracy",
+    cell: int = 1,
     chunk_size: int = 256,
     known: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Insertion: from the filled image, the most salient positions are put back first. Higher is better.
 
-    Arguments, result and errors are those of `deletion_curve`; the point at fraction `f` has floor(f * H * W)
-    positions of the image in place, so that 0 is the fill alone and 1 the image as it is.
+    Arguments, result and errors are those of `deletion_curve`; the point at fraction `f` has floor(f * positions) of
+    them in place, so that 0 is the fill alone and 1 the image as it is.
     """
     _check_target(images, target)
-    outputs = insertion_outputs(score, images, attribution, fractions, fill, chunk_size=chunk_size, known=known)
+    outputs = insertion_outputs(
+        score, images, attribution, fractions, fill, cell=cell, chunk_size=chunk_size, known=known
+    )
     return measure_outputs(outputs, target, measure)
 
 
@@ -248,7 +258,7 @@ def area_under_curve(fractions: Tensor, values: Tensor) -> Tensor:
     """Area under a curve by the trapezoid rule over the true fractions. It is not divided by their span.
 
     Args:
-        fractions: (S+1,) rising: `removed_counts(...)` divided by H * W.
+        fractions: (S+1,) rising: `removed_counts(...)` divided by the number of positions.
         values: (..., S+1).
 
     Returns:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cells import cell_sum, spread_cells
 from .masking import mean_fill, ranking_key, uniform_fill
 
 Order = Literal["most_salient_first", "least_salient_first"]
@@ -54,7 +55,7 @@ def removed_counts(fractions: Sequence[float], positions: int) -> list[int]:
 
     Args:
         fractions: rising numbers in [0, 1].
-        positions: H * W.
+        positions: H * W, or the number of cells.
 
     Returns:
         One integer per fraction, between 0 and `positions`; divided by `positions`, the true fractions of the curve.
@@ -72,7 +73,7 @@ def removed_counts(fractions: Sequence[float], positions: int) -> list[int]:
     return [math.floor(fraction * positions + 1e-6) for fraction in fractions]
 
 
-def removal_ranks(attribution: Tensor, order: Order = "most_salient_first") -> Tensor:
+def removal_ranks(attribution: Tensor, order: Order = "most_salient_first", cell: int = 1) -> Tensor:
     """The turn at which each position is removed: 0 is the first.
 
     The sort is stable, so that ties go row by row in both orders. NaN has no rank: it is removed last in both.
@@ -80,19 +81,24 @@ def removal_ranks(attribution: Tensor, order: Order = "most_salient_first") -> T
     Args:
         attribution: (B, H, W) of any real type; integers and booleans rank as their values.
         order: what is removed first.
+        cell: side of the cells that are removed whole, in pixels. They rank by the sum of the attribution over the cell
+            (`cell_sum`), and all pixels of a cell have its turn.
 
     Returns:
-        int64 (B, H, W), each sample a permutation of 0 .. H*W - 1.
+        int64 (B, H, W), each sample a permutation of 0 .. H*W - 1; with cells, of 0 to their number - 1 over the cells.
 
     Raises:
-        ValueError: an unknown order, or a complex attribution.
+        ValueError: an unknown order, a complex attribution, or a cell that does not fit into the image.
     """
     check_choice("order", order, Order)
+    image_size = attribution.shape[1:]
+    attribution = cell_sum(attribution, cell)
     # torch sorts NaN behind every number, so both orders sort upwards.
     key = ranking_key(attribution, descending=order == "most_salient_first")
     turns = key.flatten(1).argsort(dim=1, stable=True)
     position = torch.arange(turns.shape[1], device=turns.device).expand_as(turns)
-    return torch.empty_like(turns).scatter_(1, turns, position).reshape(attribution.shape)
+    ranks = torch.empty_like(turns).scatter_(1, turns, position).reshape(attribution.shape)
+    return spread_cells(ranks, cell, image_size)
 
 
 def blur_fill(images: Tensor, sigma: float) -> Tensor:

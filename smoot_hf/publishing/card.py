@@ -115,10 +115,11 @@ def run_results(trainer: Any, faithfulness: Sequence[Faithfulness] = ()) -> Resu
     metrics = {name: Measurement({args.seed: value}, "as reported") for name, value in final_metrics(trainer).items()}
     details: dict[str, Any] = {}
     if budget is not None:
-        metrics |= {name: Measurement({args.seed: value}, "pixels") for name, value in budget.statistics().items()}
+        metrics |= {name: Measurement({args.seed: value}, budget.unit) for name, value in budget.statistics().items()}
         height, width = budget.image_size
         details["k_histogram"] = {
             "image_size": [height, width],
+            "positions": budget.positions,
             "lowest": budget.k_min,
             "counts": budget.histogram.tolist(),
         }
@@ -411,11 +412,11 @@ def _budget(first: Row) -> dict[str, Any] | None:
     histogram = first.details.get("k_histogram")
     if histogram is None:
         return None
-    height, width = histogram["image_size"]
     counts, lowest = histogram["counts"], histogram["lowest"]
     return {
         **{name: first.metrics[name].mean for name in ("k_min", "k_median", "k_max")},
-        "pixels": height * width,
+        "positions": histogram["positions"],
+        "unit": first.metrics["k_median"].unit,
         "images": sum(counts),
         "lowest": lowest,
         "highest": lowest + len(counts) - 1,

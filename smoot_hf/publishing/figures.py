@@ -32,10 +32,9 @@ def draw_budget(budget: Any, path: Path) -> None:
     counts = budget.histogram.tolist()
     k = range(budget.k_min, budget.k_max + 1)
     axes.bar(k, counts, width=1.0, color="#009E73")
-    height, width = budget.image_size
     axes.axvline(budget.k_min, color="#555555", linestyle=":", linewidth=1)
     axes.axvline(budget.k_max, color="#555555", linestyle=":", linewidth=1)
-    axes.set_xlabel(f"K: masked pixels of {height * width}")
+    axes.set_xlabel(f"K: masked {budget.unit} of {budget.positions}")
     axes.set_ylabel("training images")
     _save(figure, path)
 

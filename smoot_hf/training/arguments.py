@@ -58,14 +58,14 @@ def _of_settings(name: str) -> Any:
 class SmootTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the fields of the method added; the inherited fields keep their defaults.
 
-    The defaults follow the equations of the paper to the letter where they are sound. Pixels are counted in the images
-    that the mask acts on, before an `InputPipeline` resizes them to the model's input.
+    The defaults follow the equations of the paper to the letter where they are sound. Pixels and cells are counted in
+    the images that the mask acts on, before an `InputPipeline` resizes them to the model's input.
 
     Args:
         method, mask_ratio, ..., mask_fill: the settings of the method; `SmootSettings` documents each of them.
         deletion_auc_samples: every evaluation reports `deletion_auc` (`evaluate_faithfulness`; lower is better) over
             this many images of the evaluation set, so that it may be the `metric_for_best_model` (`greater_is_better`
-            is then False by default); 0 leaves it out.
+            is then False by default); 0 leaves it out. It removes the cells that training masks (`mask_cell`).
         keep_freed_memory: on a CPU with glibc, keep freed memory in the process during training, and give it back at
             the end. SMOOT frees and allocates twice as much in each step as standard training, and otherwise waits for
             the pages of the system: with the CNN on two cores a step took 2.34 times that of standard training in
@@ -84,8 +84,9 @@ class SmootTrainingArguments(TrainingArguments):
     mask_ratio: float = _of_settings("mask_ratio")
     mask_ratio_min: float = _of_settings("mask_ratio_min")
     mask_ratio_max: float = _of_settings("mask_ratio_max")
+    mask_cell: int = _of_settings("mask_cell")
     step_size: float = _of_settings("step_size")
-    step_unit: Literal["pixels", "percent"] = _of_settings("step_unit")
+    step_unit: Literal["auto", "pixels", "percent"] = _of_settings("step_unit")
     rounding: Literal["floor", "trunc", "nearest"] = _of_settings("rounding")
     alpha: float = _of_settings("alpha")
     top_n: int = _of_settings("top_n")
@@ -159,9 +160,9 @@ class SmootTrainingArguments(TrainingArguments):
         """
         return SmootSettings(**{f.name: getattr(self, f.name) for f in fields(SmootSettings)})
 
-    def step_in_pixels(self, image_size: tuple[int, int]) -> float:
-        """mu in pixels of an image of (H, W)."""
-        return self.settings.step_in_pixels(image_size)
+    def step_in_positions(self, image_size: tuple[int, int]) -> float:
+        """mu in the positions that K counts, for images of (H, W): pixels, or cells (`mask_cell`)."""
+        return self.settings.step_in_positions(image_size)
 
     def changed_from_defaults(self) -> dict[str, Any]:
         """What decides the weights, beside method and seed: the arguments that differ from their defaults, by name.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from ..evaluation.ranked_batches import has_index
 from ..functional import classification_loss
 from ..models.logits import logits_of
 from ..models.state import untouched
+from .mask_budget import MaskBudget
+from .settings import SmootSettings
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +30,10 @@ _OWN_LOSS = (
     "That loss is not used: training is by the cross-entropy of the logits. To train by another one, pass it as "
     "compute_loss_func"
 )
+# How far K moves at most by a step of mu: Equation 4 with floor moves it downwards by the next whole number.
+_FARTHEST: dict[str, Callable[[float], int]] = {"floor": math.ceil, "trunc": math.floor, "nearest": round}
+# A share of the positions below which it makes no difference whether K has moved.
+_NOTICEABLE_MOVE = 0.01
 # The sizes of accelerate's ParallelismConfig that split a model or a sample over processes.
 _SHARED = ("tp_size", "cp_size", "sp_size", "dp_shard_size")
 
@@ -171,6 +178,26 @@ def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_nam
             f"{name} computes a loss of its own in its forward, {own:.4g} on the first batch, where the cross-entropy "
             f"is {ce:.4g}. {_OWN_LOSS}"
         )
+
+
+def warn_of_still_budget(budget: MaskBudget, settings: SmootSettings, epochs: int) -> None:
+    """Warn where no K can move by 1 % of the positions in the whole training, even if delta were 1 in every epoch.
+
+    Args:
+        budget: of the training set; one whose bounds are equal (sgt) is not meant to move.
+        settings: of the method.
+        epochs: of the whole training; K of a sample moves once in each.
+    """
+    step = settings.step_in_positions(budget.image_size)
+    farthest = _FARTHEST[settings.rounding](step)
+    if step == 0 or budget.k_min == budget.k_max or farthest * epochs >= _NOTICEABLE_MOVE * budget.positions:
+        return
+    advice = "" if settings.step_unit == "auto" else ", or leave step_unit at 'auto', which scales it with the image"
+    logger.warning(
+        f"K will hardly move: step_size={settings.step_size} with step_unit={settings.step_unit!r} and "
+        f"rounding={settings.rounding!r} moves it by at most {farthest} of {budget.positions} {budget.unit} in an "
+        f"epoch, and this training has {epochs}. Raise step_size{advice}"
+    )
 
 
 def _arguments(forward: Callable) -> Mapping[str, inspect.Parameter] | None:

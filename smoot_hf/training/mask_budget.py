@@ -13,29 +13,26 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from .. import functional as SF
 from ..fingerprint import fingerprints_differ
-from .mask_budget_file import read_budget, require_origin, write_budget
+from .mask_budget_file import BEFORE_CELLS, read_budget, require_origin, write_budget
 from .settings import SmootSettings
 
-logger = logging.get_logger(__name__)
-
-# Below this share of the image a step of mu pixels moves K by too little to matter within a training.
-_NEGLIGIBLE_STEP = 1 / 400
-# What a K stands for: so many pixels, by this ranking, may be replaced in this way. How it moves (step_size, alpha and
-# so on) may be changed when training is resumed, as the learning rate may.
+# What a K stands for: so many positions, by this ranking, may be replaced in this way. How it moves (step_size, alpha
+# and so on) may be changed when training is resumed, as the learning rate may.
 _MEANING = ("saliency_score", "signed_saliency", "saliency_target", "mask_positions", "mask_fill")
 
 
-def pixels_of_ratio(mask_ratio: float | Fraction, image_size: tuple[int, int]) -> int:
-    """floor(ratio * H * W), in the decimal that was written: 0.29 of 100 pixels is 29, though 0.29 * 100 < 29."""
-    return math.floor(Fraction(str(mask_ratio)) * image_size[0] * image_size[1])
+def count_of_ratio(mask_ratio: float | Fraction, positions: int) -> int:
+    """floor(ratio * positions), in the decimal that was written: 0.29 of 100 is 29, though 0.29 * 100 < 29."""
+    return math.floor(Fraction(str(mask_ratio)) * positions)
 
 
 class MaskBudget:
-    """K, the number of masked pixel positions, of every training sample.
+    """K, the number of masked positions, of every training sample.
+
+    Positions are the H*W pixels of an image or, with `mask_cell` above 1, its cells of p x p pixels.
 
     It stores one int32 for each sample (4 GB for a billion samples). Reading and updating a batch costs time in
     proportion to the batch, whatever the size of the training set. In an epoch, K of a sample moves at the sample's
@@ -45,15 +42,20 @@ class MaskBudget:
     Args:
         num_samples: N, length of the training set.
         image_size: (H, W) of the images that the mask acts on, in pixels.
-        mask_ratio: initial K as a fraction of H*W, in [0, 1].
-        mask_ratio_min: lower bound of K as a fraction of H*W.
-        mask_ratio_max: upper bound of K as a fraction of H*W.
+        mask_ratio: initial K as a fraction of the positions, in [0, 1].
+        mask_ratio_min: lower bound of K as a fraction of the positions.
+        mask_ratio_max: upper bound of K as a fraction of the positions.
         device: where K lives; reading and updating take indices on that device.
         dataset_fingerprint: identifies the training set (`smoot_hf.fingerprint`), `None` where nothing does.
-        meaning: by name, the arguments that say which pixels K counts; a saved budget must share them.
+        meaning: by name, the arguments that say which positions K counts; a saved budget must share them.
+        mask_cell: p, side of the cells that K counts, in pixels.
+
+    Attributes:
+        positions: how many positions an image has, ceil(H/p) * ceil(W/p).
 
     Raises:
-        ValueError: N is below 1, or the ratios are not 0 <= min <= initial <= max <= 1.
+        ValueError: N is below 1, the ratios are not 0 <= min <= initial <= max <= 1, or a cell does not fit into the
+            image.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class MaskBudget:
         device: torch.device | str = "cpu",
         dataset_fingerprint: str | None = None,
         meaning: Mapping[str, Any] | None = None,
+        mask_cell: int = 1,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -78,12 +81,14 @@ class MaskBudget:
             raise ValueError(f"image_size must be at least 1x1 pixels, got {image_size[0]}x{image_size[1]}")
         self.num_samples = num_samples
         self.image_size = (int(image_size[0]), int(image_size[1]))
-        self.k_min = pixels_of_ratio(mask_ratio_min, self.image_size)
-        self.k_max = pixels_of_ratio(mask_ratio_max, self.image_size)
+        self.mask_cell = mask_cell
+        self.positions = math.prod(SF.cell_grid(self.image_size, mask_cell, "mask_cell"))
+        self.k_min = count_of_ratio(mask_ratio_min, self.positions)
+        self.k_max = count_of_ratio(mask_ratio_max, self.positions)
         self.dataset_fingerprint = dataset_fingerprint
         self.meaning = dict(meaning or {})
         self.epoch: int | None = None
-        initial = pixels_of_ratio(mask_ratio, self.image_size)
+        initial = count_of_ratio(mask_ratio, self.positions)
         # K >= 0: has not moved in this epoch. Negative: has moved, and K is the complement.
         self._stored = torch.full((num_samples,), initial, dtype=torch.int32, device=device)
         # How many samples have each K from k_min to k_max: statistics without a pass over all samples.
@@ -101,17 +106,18 @@ class MaskBudget:
     ) -> "MaskBudget":
         """The budget that the settings ask for. With sgt both bounds are the initial K, so that K cannot move.
 
-        A step size that is too small to move K noticeably is warned of.
-
         Args:
             settings: of the method.
             num_samples: N, length of the training set.
             image_size: (H, W) of the images that the mask acts on, in pixels.
             dataset_fingerprint: identifies the training set, `None` where nothing does.
             device: where K lives.
+
+        Raises:
+            ValueError: `mask_cell` does not fit into the image.
         """
         adapts = settings.method == "smoot"
-        budget = cls(
+        return cls(
             num_samples,
             image_size,
             settings.mask_ratio,
@@ -120,15 +126,8 @@ class MaskBudget:
             device,
             dataset_fingerprint,
             {name: getattr(settings, name) for name in _MEANING},
+            settings.mask_cell,
         )
-        height, width = budget.image_size
-        share = settings.step_in_pixels(budget.image_size) / (height * width)
-        if 0 < share < _NEGLIGIBLE_STEP and budget.k_min < budget.k_max:
-            logger.warning(
-                f"step_size={settings.step_size} {settings.step_unit} is {share:.3%} of an image of {height}x{width}: "
-                "K will hardly move. Use step_unit='percent', or masks at the native resolution (input_pipeline)"
-            )
-        return budget
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MaskBudget":
@@ -138,19 +137,27 @@ class MaskBudget:
             ValueError: the file is torn or altered.
         """
         metadata, k, has_moved = read_budget(path)
-        height, width = int(metadata["image_height"]), int(metadata["image_width"])
-        lowest, highest = (Fraction(int(metadata[name]), height * width) for name in ("k_min", "k_max"))
+        size, mask_cell = (int(metadata["image_height"]), int(metadata["image_width"])), int(metadata["mask_cell"])
+        positions = math.prod(SF.cell_grid(size, mask_cell))
+        lowest, highest = (Fraction(int(metadata[name]), positions) for name in ("k_min", "k_max"))
         fingerprint = metadata.get("dataset_fingerprint")
         known = None if fingerprint == "None" else fingerprint
         meaning = {name: metadata[name] for name in _MEANING if metadata.get(name) not in (None, "None")}
-        budget = cls(len(k), (height, width), lowest, lowest, highest, dataset_fingerprint=known, meaning=meaning)
+        budget = cls(
+            len(k), size, lowest, lowest, highest, dataset_fingerprint=known, meaning=meaning, mask_cell=mask_cell
+        )
         budget._take_up(metadata, k, has_moved)
         return budget
 
     @property
     def k(self) -> Tensor:
-        """K of every sample, in pixels: int32 (N,), a copy."""
+        """K of every sample, in positions: int32 (N,), a copy."""
         return torch.where(self._stored < 0, ~self._stored, self._stored)
+
+    @property
+    def unit(self) -> str:
+        """What the positions are: `"pixels"` or `"cells"`."""
+        return "pixels" if self.mask_cell == 1 else "cells"
 
     @property
     def histogram(self) -> Tensor:
@@ -171,7 +178,7 @@ class MaskBudget:
         self.epoch = None
 
     def read(self, sample_idx: Tensor) -> Tensor:
-        """K of the given samples: int64 (B,) rows of the training set -> int32 (B,), in pixels."""
+        """K of the given samples: int64 (B,) rows of the training set -> int32 (B,), in positions."""
         stored = self._stored[sample_idx]
         return torch.where(stored < 0, ~stored, stored)
 
@@ -187,11 +194,11 @@ class MaskBudget:
         Args:
             sample_idx: int64 (B,) rows of the training set.
             delta: (B,), from `functional.probability_shift`; where it is not finite K stays.
-            step_size: mu, in pixels.
+            step_size: mu, in positions (`SmootSettings.step_in_positions`).
             rounding: `"floor"`, `"trunc"` or `"nearest"`.
 
         Returns:
-            int32 (B,), by how many pixels each moved.
+            int32 (B,), by how many positions each moved.
         """
         order = sample_idx.argsort(stable=True)
         rows = sample_idx[order]
@@ -211,7 +218,7 @@ class MaskBudget:
         return torch.empty_like(k).scatter_(0, order, moved - k)
 
     def statistics(self) -> dict[str, float]:
-        """Minimum, median and maximum of K over the training set, in pixels."""
+        """Minimum, median and maximum of K over the training set, in positions."""
         cumulative = self._histogram.cumsum(0).cpu()
         lower, upper = (self.num_samples + 1) // 2, self.num_samples // 2 + 1
         ranks = torch.tensor([1, lower, upper, self.num_samples])
@@ -229,14 +236,13 @@ class MaskBudget:
             labels: N classes or their names, in the order of the training set; without them the column is left out.
 
         Returns:
-            Columns `sample_idx` int64, `k` int32 in pixels, `ratio` float64 = k / (H * W) in [0, 1], and `label`.
+            Columns `sample_idx` int64, `k` int32, `ratio` float64 = k / positions in [0, 1], and `label`.
 
         Raises:
             ValueError: `labels` of another length than N.
         """
-        height, width = self.image_size
         k = self.k.cpu().numpy()
-        columns: dict[str, Any] = {"sample_idx": np.arange(self.num_samples), "k": k, "ratio": k / (height * width)}
+        columns: dict[str, Any] = {"sample_idx": np.arange(self.num_samples), "k": k, "ratio": k / self.positions}
         if labels is not None:
             if len(labels) != self.num_samples:
                 raise ValueError(f"labels must be one per training sample, {self.num_samples}, got {len(labels)}")
@@ -250,6 +256,7 @@ class MaskBudget:
             "num_samples": self.num_samples,
             "image_height": height,
             "image_width": width,
+            "mask_cell": self.mask_cell,
             "k_min": self.k_min,
             "k_max": self.k_max,
             "dataset_fingerprint": self.dataset_fingerprint,
@@ -283,13 +290,14 @@ class MaskBudget:
         """Take up K from what `state_dict` gave, for the same data and bounds.
 
         Raises:
-            ValueError: it is no state of a budget, or that of another training set, image size or bounds; nothing of it
-                is taken up.
+            ValueError: it is no state of a budget, or that of another training set, image size, cell or bounds; nothing
+                of it is taken up.
         """
         missing = {"k", "has_moved", "metadata"} - state_dict.keys()
         if missing:
             raise ValueError(f"a state_dict of a MaskBudget must have {sorted(missing)}, got {sorted(state_dict)}")
         k, has_moved, metadata = (state_dict[name] for name in ("k", "has_moved", "metadata"))
+        metadata = BEFORE_CELLS | metadata
         self._require_identity(metadata, "state_dict")
         is_k = k.dtype == torch.int32 and not bool(((k < self.k_min) | (k > self.k_max)).any())
         if not is_k:
@@ -319,8 +327,8 @@ class MaskBudget:
                 has no "run_id".
 
         Raises:
-            ValueError: the file is torn or altered, or belongs to another training set, image size or bounds, or is not
-                of `origin`; nothing of it is taken up.
+            ValueError: the file is torn or altered, or belongs to another training set, image size, cell or bounds, or
+                is not of `origin`; nothing of it is taken up.
         """
         metadata, k, has_moved = read_budget(path)
         self._require_identity(metadata, path)
@@ -348,7 +356,8 @@ class MaskBudget:
 
     def __repr__(self) -> str:
         height, width = self.image_size
-        return f"MaskBudget(num_samples={self.num_samples}, image_size={height}x{width}, {self.statistics()})"
+        cells = "" if self.mask_cell == 1 else f"mask_cell={self.mask_cell}, "
+        return f"MaskBudget(num_samples={self.num_samples}, image_size={height}x{width}, {cells}{self.statistics()})"
 
 
 _NOTHING_MASKED = (

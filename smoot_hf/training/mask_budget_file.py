@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,10 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..functional import cell_grid
+
 MASK_BUDGET_NAME = "mask_budget.safetensors"
 
 _FORMAT = "smoot_hf.mask_budget/2"
-
+# What files say that were written before there were cells: nothing, for K counted pixels.
+BEFORE_CELLS = {"mask_cell": "1"}
 
 # A pixel count beyond any image's, and far below where counting the samples of every K would exhaust the memory.
 _MOST_PIXELS = 1 << 28
@@ -76,6 +80,7 @@ def read_budget(path: str | os.PathLike[str]) -> tuple[dict[str, str], Tensor, T
             )
     if metadata.get("sha256") != _digest(k, has_moved, metadata):
         raise DamagedBudgetError(path, "its content is not what was written")
+    metadata = BEFORE_CELLS | metadata
     impossible = _find_impossible(metadata, k)
     if impossible is not None:
         raise DamagedBudgetError(path, impossible)
@@ -85,13 +90,15 @@ def read_budget(path: str | os.PathLike[str]) -> tuple[dict[str, str], Tensor, T
 def _find_impossible(metadata: Mapping[str, str], k: Tensor) -> str | None:
     """What a file says that is true of no training, in words: such files are made by hand."""
     numbers = {}
-    for name in ("num_samples", "image_height", "image_width", "k_min", "k_max", "epoch"):
+    for name in ("num_samples", "image_height", "image_width", "mask_cell", "k_min", "k_max", "epoch"):
         said = metadata.get(name)
         if said is None or not (re.fullmatch("[0-9]{1,18}", said) or (name == "epoch" and said == "None")):
             return f"its {name} is {said!r:.40}, not a number"
         numbers[name] = 0 if said == "None" else int(said)
-    pixels = numbers["image_height"] * numbers["image_width"]
-    if not 0 < pixels <= _MOST_PIXELS or not numbers["k_min"] <= numbers["k_max"] <= pixels:
+    height, width, cell = (numbers[name] for name in ("image_height", "image_width", "mask_cell"))
+    if not 0 < height * width <= _MOST_PIXELS or not 1 <= cell <= min(height, width):
+        return "its image size and its cells do not fit each other"
+    if not numbers["k_min"] <= numbers["k_max"] <= math.prod(cell_grid((height, width), cell)):
         return "its image size and its bounds of K do not fit each other"
     if numbers["num_samples"] != len(k) or len(k) == 0:
         return f"it has K of {len(k)} samples and speaks of {numbers['num_samples']}"

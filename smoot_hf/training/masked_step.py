@@ -220,7 +220,8 @@ def masked_step(
         images: float (B, C, H, W), augmented and normalised, at the resolution at which the mask acts.
         labels: int64 (B,).
         sample_idx: int64 (B,) rows of the training set: with `epoch` and `settings.seed` they determine the fill.
-        k: integers (B,), masked positions of each image, from `MaskBudget.read`.
+        k: integers (B,), masked positions of each image, pixels or cells (`settings.mask_cell`), from
+            `MaskBudget.read`.
         epoch: number of the epoch.
         settings: of the method: saliency, mask, fill, delta and label smoothing.
         resize: differentiable resizing from `images` to the model's input, after the mask.
@@ -289,17 +290,25 @@ def masked_step(
 def mask_images(
     images: Tensor, gradient: Tensor, sample_idx: Tensor, k: Tensor, epoch: int, settings: SmootSettings
 ) -> tuple[Tensor, Tensor]:
-    """The images with `k` pixels replaced, and which these are: (B, C, H, W), bool (B, 1, H, W).
+    """The images with `k` positions replaced, and which pixels these are: (B, C, H, W), bool (B, 1, H, W).
+
+    Positions are pixels, or the cells of `settings.mask_cell`, all pixels of which are replaced.
 
     Args:
         images: as in `masked_step`, as are the last four arguments.
         gradient: of the score with respect to the images, (B, C, H, W).
+
+    Raises:
+        ValueError: a cell does not fit into the images.
     """
+    image_size, cell = images.shape[2:], settings.mask_cell
     ranks = None
     if settings.mask_positions == "random":
-        ranks = SF.counter_uniform(settings.seed ^ _POSITION_STREAM, epoch, sample_idx, tuple(images.shape[2:]))
-    saliency = SF.channel_mean(gradient, settings.signed_saliency)
+        grid = SF.cell_grid(image_size, cell, "mask_cell")
+        ranks = SF.counter_uniform(settings.seed ^ _POSITION_STREAM, epoch, sample_idx, grid)
+    saliency = SF.cell_sum(SF.channel_mean(gradient, settings.signed_saliency), cell)
     is_masked = SF.masked_positions(saliency, k, settings.mask_positions, epoch, ranks)
+    is_masked = SF.spread_cells(is_masked, cell, image_size)
     if settings.mask_fill == "mean":
         fill = SF.mean_fill(images)
     elif settings.mask_fill == "other_image":

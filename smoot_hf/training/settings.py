@@ -4,6 +4,11 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from ..functional import cell_grid
+
+# The paper's images have 28x28 and 32x32 pixels, and its mu is of 784 positions.
+_LARGEST_SIDE_OF_THE_PAPER, _POSITIONS_OF_THE_PAPER = 32, 28 * 28
+
 
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -14,17 +19,25 @@ class SmootSettings:
     """The fields of SMOOT, SGT and standard training that one step and the mask budget depend on.
 
     `SmootTrainingArguments` has the same fields and makes these settings (`args.settings`); a training loop of one's
-    own makes them itself. Pixels are positions of the image that the mask acts on, before any resizing to the model's
-    input.
+    own makes them itself. Positions are what K counts: the H*W pixels of the image that the mask acts on, before any
+    resizing to the model's input, or (`mask_cell` above 1) its ceil(H/p) * ceil(W/p) cells.
 
     Args:
         method: `"standard"` (cross-entropy alone), `"sgt"` (every image masked by the same K) or `"smoot"` (a K of
             its own for every image, Equation 4).
-        mask_ratio: K at the start as a fraction of H*W, rounded down to whole pixels. With sgt K keeps this value.
-        mask_ratio_min: K_min of Equation 4, as a fraction of H*W.
-        mask_ratio_max: K_max of Equation 4, as a fraction of H*W.
+        mask_ratio: K at the start as a fraction of the positions, rounded down to a whole number. With sgt K keeps this
+            value.
+        mask_ratio_min: K_min of Equation 4, as a fraction of the positions.
+        mask_ratio_max: K_max of Equation 4, as a fraction of the positions.
+        mask_cell: p, the mask acts on cells of p x p pixels, cut from the top left: the saliency is summed over each
+            cell, and the K cells of the lowest sums are masked whole. Cells at the right and lower edge are narrower
+            where p does not divide the image, and their sums are of fewer pixels. At most the shorter side of the
+            image. 16 masks the patches of a ViT/16.
         step_size: mu of Equation 4, at least 0. With 0, K never moves, and smoot equals sgt.
-        step_unit: unit of `step_size`: `"pixels"`, or `"percent"` for percentage points of H*W.
+        step_unit: unit of `step_size`. `"pixels"`: positions (pixels; cells with `mask_cell` above 1). `"percent"`:
+            percentage points of the positions. `"auto"`: positions for the images of the paper's sizes, which are those
+            of up to 32x32 pixels with `mask_cell=1`; for all others K moves by the same share of the image as on 28x28
+            pixels, mu = step_size * positions / 784.
         rounding: how mu * delta is rounded (Equation 4): `"floor"` as printed in the paper, `"trunc"` or `"nearest"`.
         alpha: weight of the highest output in delta (Equation 3), in [0, 1].
         top_n: n of Equation 2, at least 1; the number of classes is used where it is smaller.
@@ -55,12 +68,17 @@ class SmootSettings:
     method: Literal["standard", "sgt", "smoot"] = _setting(
         "smoot", "standard: cross-entropy alone. sgt: one fixed K for all images. smoot: each image's K adapts."
     )
-    mask_ratio: float = _setting(0.5, "Initial K (for sgt: the K) as a fraction of the image's H*W pixels, in [0, 1].")
-    mask_ratio_min: float = _setting(0.2, "K_min of Equation 4 as a fraction of H*W, in [0, mask_ratio] (smoot).")
-    mask_ratio_max: float = _setting(0.8, "K_max of Equation 4 as a fraction of H*W, in [mask_ratio, 1] (smoot).")
+    mask_ratio: float = _setting(0.5, "Initial K (for sgt: the K) as a fraction of the image's positions, in [0, 1].")
+    mask_ratio_min: float = _setting(0.2, "K_min of Equation 4 as a fraction of the positions, in [0, mask_ratio].")
+    mask_ratio_max: float = _setting(0.8, "K_max of Equation 4 as a fraction of the positions, in [mask_ratio, 1].")
+    mask_cell: int = _setting(
+        1, "Side p of the cells of p x p pixels that the mask acts on and K counts; 16: the patches of a ViT/16."
+    )
     step_size: float = _setting(10.0, "mu of Equation 4: how far K moves for delta = 1, in step_unit; 0 = sgt.")
-    step_unit: Literal["pixels", "percent"] = _setting(
-        "pixels", "Unit of step_size: pixels, or percentage points of H*W (for images far above 32x32)."
+    step_unit: Literal["auto", "pixels", "percent"] = _setting(
+        "auto",
+        "Unit of step_size: pixels (cells with mask_cell), percent of the image, or auto: pixels up to 32x32, else the "
+        "same share of the image as on 28x28.",
     )
     rounding: Literal["floor", "trunc", "nearest"] = _setting(
         "floor", "Rounding of mu * delta in Equation 4. floor (as printed) costs a pixel for any negative delta; trunc."
@@ -106,7 +124,8 @@ class SmootSettings:
             require_number(name, getattr(self, name), 0, 1)
         for name in ("step_size", "kl_weight"):
             require_number(name, getattr(self, name), 0, math.inf)
-        require_count("top_n", self.top_n, 1)
+        for name in ("top_n", "mask_cell"):
+            require_count(name, getattr(self, name), 1)
         if self.method == "smoot" and not self.mask_ratio_min <= self.mask_ratio <= self.mask_ratio_max:
             raise ValueError(
                 "mask_ratio_min <= mask_ratio <= mask_ratio_max must hold, got "
@@ -114,11 +133,19 @@ class SmootSettings:
                 f"mask_ratio_max={self.mask_ratio_max}"
             )
 
-    def step_in_pixels(self, image_size: tuple[int, int]) -> float:
-        """mu in pixels of an image of (H, W)."""
-        if self.step_unit == "pixels":
+    def step_in_positions(self, image_size: tuple[int, int]) -> float:
+        """mu in the positions that K counts, for images of (H, W): pixels, or cells (`mask_cell`).
+
+        Raises:
+            ValueError: `mask_cell` does not fit into the image.
+        """
+        rows, columns = cell_grid(image_size, self.mask_cell, "mask_cell")
+        if self.step_unit == "percent":
+            return self.step_size / 100 * rows * columns
+        is_of_the_paper = self.mask_cell == 1 and max(image_size) <= _LARGEST_SIDE_OF_THE_PAPER
+        if self.step_unit == "pixels" or is_of_the_paper:
             return self.step_size
-        return self.step_size / 100 * image_size[0] * image_size[1]
+        return self.step_size * rows * columns / _POSITIONS_OF_THE_PAPER
 
 
 def require_number(name: str, value: float, low: float, high: float) -> None:

@@ -32,6 +32,7 @@ from .checks import (
     refuse_model_parallelism,
     refuse_unsupported,
     warn_of_own_loss,
+    warn_of_still_budget,
 )
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
@@ -210,7 +211,7 @@ class SmootMixin(PublishingTrainer):
         budget = self.mask_budget
         assert budget is not None
         settings = self.args.settings
-        moved = budget.update(sample_idx, delta, settings.step_in_pixels(budget.image_size), settings.rounding)
+        moved = budget.update(sample_idx, delta, settings.step_in_positions(budget.image_size), settings.rounding)
         self._log_window.add(k_up=moved > 0, k_down=moved < 0)
 
     # --- the index of every sample -----------------------------------------------------------------------------------
@@ -293,6 +294,8 @@ class SmootMixin(PublishingTrainer):
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         self._attach_index(kwargs.get("train_dataloader"))
+        if epoch == 0 and self.mask_budget is not None and self.is_world_process_zero():
+            warn_of_still_budget(self.mask_budget, self.args.settings, self.state.num_train_epochs)
         # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.
         self._epoch = epoch
         super()._run_epoch(*args, epoch=epoch, **kwargs)
@@ -384,7 +387,7 @@ class SmootMixin(PublishingTrainer):
         settings, budget, epoch = self.args.settings, self.mask_budget, self.epoch_number()
         if images.shape[-2:] != budget.image_size:
             raise ValueError(
-                "all training images must have one size, for K counts its pixels (resize them): got "
+                f"all training images must have one size, for K counts its {budget.unit} (resize them): got "
                 f"{tuple(images.shape[-2:])} after {budget.image_size}"
             )
         budget.begin_epoch(epoch)
@@ -466,8 +469,9 @@ class SmootMixin(PublishingTrainer):
     def _deletion_auc(self, dataloader: DataLoader) -> float:
         """Area under the deletion curve, in percent, over rows spread evenly over the evaluation set.
 
-        The images are those that the evaluation itself has seen: the loader's rows, through its collator. NaN where the
-        model predicts nothing or its saliency ranks nothing in any image, as in a run that has diverged.
+        The images are those that the evaluation itself has seen: the loader's rows, through its collator. What is
+        removed are the cells that training masks. NaN where the model predicts nothing or its saliency ranks nothing in
+        any image, as in a run that has diverged.
         """
         refuse_evaluation_set(self.args, dataloader.dataset)
         try:
@@ -475,6 +479,7 @@ class SmootMixin(PublishingTrainer):
                 self.model,
                 evenly_spread(dataloader.dataset, self.args.deletion_auc_samples),
                 curves=(),
+                cell=self.args.mask_cell,
                 input_pipeline=self.input_pipeline,
                 data_collator=dataloader.collate_fn,
                 label_name=self.label_names[0],

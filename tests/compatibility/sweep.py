@@ -42,7 +42,7 @@ SETTINGS = [("standard", "shared"), ("sgt", "shared"), ("smoot", "shared"), ("sg
 ARGUMENTS = QUICK | {
     "max_steps": 5, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "gradient_accumulation_steps": 2,
     "per_device_train_batch_size": 3, "per_device_eval_batch_size": 4, "kl_weight": 0.7, "max_grad_norm": 0.0,
-    "learning_rate": 1e-2, "step_size": 5e3,
+    "learning_rate": 1e-2, "step_size": 5e3, "step_unit": "pixels",
 }  # fmt: skip
 SAMPLES, VISITED, MASK_RATIO, RATIO_MIN, RATIO_MAX = 33, 30, 0.5, 0.2, 0.8
 

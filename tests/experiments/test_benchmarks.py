@@ -10,6 +10,7 @@ from captum.attr import Saliency
 from conftest import TinyImages, build
 from torch.nn import functional as F
 
+from smoot_hf import functional as SF
 from smoot_hf.models.logits import LogitsModel
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
@@ -83,3 +84,21 @@ def test_every_way_of_a_step_runs_and_is_written_down(benchmarks, monkeypatch, t
     assert ways["standard"]["ratio"] == 1
     printed = capsys.readouterr().out
     assert all(f"\n  {way} " in printed for way in ways)
+
+
+def test_ranking_by_cells_runs_beside_pixels(benchmarks, monkeypatch, tmp_path, capsys):
+    """Catches a comparison in which one of the two masks nothing, or is missing from the table or the JSON."""
+    import ranking
+
+    monkeypatch.setattr(ranking, "SIZES", {ranking.LARGEST: (2, 9, 7)})
+    output = tmp_path / "ranking.json"
+    monkeypatch.setattr(sys, "argv", ["ranking.py", "--cell", "4", "--turns", "1", "--output", str(output)])
+    ranking.main()
+    results = json.loads(output.read_text())["results"]
+    assert {name.split(", ")[-1] for name in results} == {"mask", "masking"}
+    assert all(list(ways) == ["pixels", "cells of 4"] for ways in results.values())
+    assert "\ncells of 4 " in capsys.readouterr().out
+    saliency, k = torch.randn(2, 9, 7), torch.tensor([21, 42])
+    way = ranking.ways_with_cells(saliency, 4)["mask"]["cells of 4"]
+    # A third and two thirds of the six cells.
+    assert [len(found) for found in (SF.cell_sum(way(saliency, k)[row], 4).nonzero() for row in (0, 1))] == [2, 4]

@@ -438,6 +438,7 @@ OTHERS = {
     "processor": other_processor,
     "images": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--max_eval_samples", "21"],
     "steps": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--steps", "3"],
+    "cell": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--cell", "2"],
     "convention": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--convention", "paper"],
     "seed": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--seed", "1"],
     "precision": lambda _: ["out/runs/sgt-seed0", *EVALUATE, "--bf16"],
@@ -458,8 +459,10 @@ def test_measurements_of_anything_else_are_not_taken_for_these(here, measured, t
         known = module.describe_environment("cpu")
         monkeypatch.setattr(module, "describe_environment", lambda _: {**known, "torch": "2.11.0"})
     main([*argv, "--output", str(tmp_path / "one")])
-    # The random weights of another number of steps are the same.
-    assert len(measured) == (4 if other == "steps" else 5)
+    # Random weights have nothing to do with steps or cells.
+    assert len(measured) == (4 if other in ("steps", "cell") else 5)
+    if other == "cell":
+        assert {row.convention["cell"] for row in load_results(tmp_path / "one" / "results.json").rows} == {2}
 
 
 def test_the_same_checkpoint_in_another_folder_is_the_same(here, measured, tmp_path):

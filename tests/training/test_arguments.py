@@ -20,7 +20,7 @@ def test_every_added_field_is_a_flag_with_help(tmp_path):
         "step_unit": "percent", "rounding": "trunc", "alpha": "0.95", "top_n": "3", "delta_mode": "label",
         "kl_weight": "0.5", "saliency_score": "log_prob", "signed_saliency": "False", "saliency_target": "predicted",
         "saliency_pass": "eval", "shared_dropout": "False", "kl_gradient": "masked", "mask_fill": "mean",
-        "mask_positions": "random", "deletion_auc_samples": "64", "overwrite_output_dir": "True",
+        "mask_positions": "random", "mask_cell": "4", "deletion_auc_samples": "64", "overwrite_output_dir": "True",
         "keep_freed_memory": "True",
     }  # fmt: skip
     assert sorted(flags) == sorted(f.name for f in ADDED)
@@ -36,7 +36,8 @@ def test_defaults_are_those_of_the_design(tmp_path):
     args = SmootTrainingArguments(output_dir=str(tmp_path))
     assert {f.name: getattr(args, f.name) for f in ADDED} == {
         "method": "smoot", "mask_ratio": 0.5, "mask_ratio_min": 0.2, "mask_ratio_max": 0.8, "step_size": 10.0,
-        "step_unit": "pixels", "rounding": "floor", "alpha": 0.8, "top_n": 5, "delta_mode": "rank", "kl_weight": 1.0,
+        "mask_cell": 1, "step_unit": "auto", "rounding": "floor", "alpha": 0.8, "top_n": 5, "delta_mode": "rank",
+        "kl_weight": 1.0,
         "saliency_score": "logit", "signed_saliency": True, "saliency_target": "label", "saliency_pass": "shared",
         "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform",
         "mask_positions": "least_salient", "deletion_auc_samples": 0, "overwrite_output_dir": False,
@@ -55,11 +56,13 @@ def test_defaults_are_those_of_the_design(tmp_path):
         ("mask_ratio", 0.1, "mask_ratio_min=0.2, mask_ratio=0.1, mask_ratio_max=0.8"),
         ("alpha", 1.01, r"alpha must be in \[0, 1\], got 1.01"),
         ("top_n", 0, "top_n must be finite and at least 1, got 0"),
+        ("mask_cell", 0, "mask_cell must be finite and at least 1, got 0"),
+        ("mask_cell", 1.5, "mask_cell must be a whole number, got 1.5"),
         ("top_n", 2.5, r"top_n must be a whole number, got 2.5"),
         ("deletion_auc_samples", -1, "deletion_auc_samples must be finite and at least 0, got -1"),
         ("step_size", -1.0, "step_size must be finite and at least 0, got -1.0"),
         ("kl_weight", float("inf"), "kl_weight must be finite and at least 0, got inf"),
-        ("step_unit", "pixel", "step_unit must be one of 'pixels', 'percent', got 'pixel'"),
+        ("step_unit", "pixel", "step_unit must be one of 'auto', 'pixels', 'percent', got 'pixel'"),
         ("rounding", "ceil", "rounding must be one of"),
         ("delta_mode", "top", "delta_mode must be one of"),
         ("saliency_score", "prob", "saliency_score must be one of"),
@@ -84,9 +87,35 @@ def test_sgt_needs_no_bounds_around_its_ratio(tmp_path):
 def test_a_step_in_percent_is_of_the_image(tmp_path):
     """Catches a step of ten pixels where ten percentage points were asked for."""
     args = SmootTrainingArguments(output_dir=str(tmp_path), step_size=10, step_unit="percent")
-    assert args.step_in_pixels((224, 224)) == pytest.approx(5017.6)
+    assert args.step_in_positions((224, 224)) == pytest.approx(5017.6)
+    args.mask_cell = 16
+    assert args.step_in_positions((224, 224)) == pytest.approx(19.6)
     args.step_unit = "pixels"
-    assert args.step_in_pixels((224, 224)) == 10
+    assert args.step_in_positions((224, 224)) == 10
+
+
+@pytest.mark.parametrize(
+    ("size", "cell", "positions"),
+    [
+        ((28, 28), 1, 10),  # the paper's sizes: exactly its ten pixels
+        ((32, 32), 1, 10),
+        ((8, 8), 1, 10),
+        ((33, 28), 1, 10 * 33 * 28 / 784),  # one row more than the paper's
+        ((224, 224), 1, 640),
+        ((224, 224), 16, 2.5),
+        ((32, 32), 4, 10 * 64 / 784),
+        ((30, 45), 16, 10 * 6 / 784),  # narrow cells count
+    ],
+)
+def test_by_default_the_step_is_the_papers_share_of_the_image(size, cell, positions):
+    """Catches ten pixels of 50,176, which move nothing, and a step of the paper's sizes that is not the paper's."""
+    assert SmootSettings(mask_cell=cell).step_in_positions(size) == pytest.approx(positions, rel=1e-12)
+
+
+def test_a_cell_larger_than_the_image_has_no_step():
+    """Catches one cell for the whole image, and an error that names another argument than the user's."""
+    with pytest.raises(ValueError, match=r"mask_cell must be between 1 and 8, .* 8x9 pixels, got 16"):
+        SmootSettings(mask_cell=16).step_in_positions((8, 9))
 
 
 def test_plain_training_arguments_gain_the_defaults(tmp_path):

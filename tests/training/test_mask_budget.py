@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from smoot_hf import MaskBudget
 from smoot_hf.fingerprint import dataset_fingerprint
-from smoot_hf.training.mask_budget import pixels_of_ratio
+from smoot_hf.training.mask_budget import count_of_ratio
 from smoot_hf.training.mask_budget_file import _digest
 
 
@@ -28,13 +28,13 @@ def idx(*rows):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "size", "pixels"),
-    [(0.2, (28, 28), 156), (0.8, (28, 28), 627), (0.2, (32, 32), 204), (0.5, (32, 32), 512), (0.29, (10, 10), 29),
-     (0.0, (5, 7), 0), (1.0, (5, 7), 35)],
+    ("ratio", "positions", "count"),
+    [(0.2, 28 * 28, 156), (0.8, 28 * 28, 627), (0.2, 32 * 32, 204), (0.5, 32 * 32, 512), (0.29, 100, 29),
+     (0.0, 35, 0), (1.0, 35, 35)],
 )  # fmt: skip
-def test_a_ratio_is_floored_to_pixels_once(ratio, size, pixels):
+def test_a_ratio_is_floored_once(ratio, positions, count):
     """Catches a rounding up (the tables' minimum is 204 for 0.2 * 1024) and binary fractions (0.29 * 100 < 29)."""
-    assert pixels_of_ratio(ratio, size) == pixels
+    assert count_of_ratio(ratio, positions) == count
 
 
 def test_every_sample_starts_at_the_ratio_in_int32():
@@ -292,6 +292,9 @@ CRAFTED = {
     "an epoch of 400 digits": {"epoch": "1" * 400},
     "an epoch below 0": {"epoch": "-1"},
     "no height": {"image_height": "0"},
+    "cells without a side": {"mask_cell": "0"},
+    "cells larger than the image": {"mask_cell": "11"},
+    "more cells masked than there are": {"mask_cell": "2"},
     "more pixels than any image": {"image_height": "100000000"},
     "bounds the other way round": {"k_min": "90", "k_max": "20"},
     "a bound above the pixels": {"k_max": "101"},

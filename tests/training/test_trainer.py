@@ -218,15 +218,34 @@ def test_a_model_that_takes_no_labels_is_trained_by_its_logits(quick_args):
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
-def test_small_steps_on_large_images_are_warned_about(quick_args, monkeypatch):
-    """Ten pixels of 50,176 are nothing; catches silence about a K that cannot move."""
+STILL = {
+    "ten pixels of 6,400": {"step_unit": "pixels"},
+    "a step that truncation makes 0": {"step_unit": "pixels", "step_size": 0.9, "rounding": "trunc", "mask_cell": 8},
+    "a step that is rounded to 0": {"step_unit": "pixels", "step_size": 0.4, "rounding": "nearest", "mask_cell": 8},
+    "a share too small": {"step_size": 0.01},
+}
+MOVING = {
+    "by default": {},
+    "in percent": {"step_unit": "percent", "step_size": 1.0},
+    "ten pixels for seven epochs": {"step_unit": "pixels", "num_train_epochs": 7, "max_steps": -1},
+    "floor takes a whole cell": {"step_unit": "pixels", "step_size": 0.1, "rounding": "floor", "mask_cell": 16},
+    # These are not meant to move.
+    "sgt": {"step_unit": "pixels", "method": "sgt"},
+    "no step": {"step_size": 0.0},
+    "standard": {"step_unit": "pixels", "method": "standard"},
+}
+
+
+@pytest.mark.parametrize("name", STILL | MOVING)
+def test_a_k_that_cannot_move_is_warned_about_once(name, quick_args, monkeypatch):
+    """Catches silence about ten pixels of a photograph, a warning at every epoch, and one where all is well."""
     said = []
-    monkeypatch.setattr("smoot_hf.training.mask_budget.logger.warning", said.append)
-    data = TinyImages(length=4, size=80)
-    SmootTrainer(build("resnet"), quick_args(), train_dataset=data)
-    SmootTrainer(build("resnet"), quick_args(step_unit="percent"), train_dataset=data)
-    assert len(said) == 1
-    assert "step_unit='percent'" in said[0]
+    monkeypatch.setattr("smoot_hf.training.checks.logger.warning", said.append)
+    args = quick_args(**{"max_steps": 2, "per_device_train_batch_size": 4} | (STILL | MOVING)[name])
+    SmootTrainer(build("resnet"), args, train_dataset=TinyImages(length=4, size=80)).train()
+    assert len(said) == (name in STILL)
+    if name in STILL:
+        assert said[0].startswith(f"K will hardly move: step_size={args.step_size} with step_unit={args.step_unit!r}")
 
 
 class OwnLoss(torch.nn.Module):
