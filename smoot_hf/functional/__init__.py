@@ -2,7 +2,15 @@
 
 from .budget import update_budget
 from .cells import cell_grid, cell_sum, spread_cells
-from .masking import counter_uniform, least_salient_mask, masked_positions, mean_fill, other_image_fill, uniform_fill
+from .masking import (
+    adversarial_fill,
+    counter_uniform,
+    least_salient_mask,
+    masked_positions,
+    mean_fill,
+    other_image_fill,
+    uniform_fill,
+)
 from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
 from .perturbation import area_under_curve, deletion_curve, insertion_curve
 from .removal import removal_fill
@@ -10,6 +18,7 @@ from .saliency import channel_mean, class_score, input_saliency, log_prob_deriva
 
 __all__ = [
     "ObjectiveParts",
+    "adversarial_fill",
     "area_under_curve",
     "cell_grid",
     "cell_sum",

@@ -193,3 +193,20 @@ def other_image_fill(images: Tensor) -> Tensor:
     the other fills, and a batch of one image is left as it is.
     """
     return images.roll(-1, dims=0)
+
+
+def adversarial_fill(images: Tensor, gradient: Tensor, step: float) -> Tensor:
+    """The images moved against the gradient of the score: `images - step * sign(gradient)`.
+
+    This is the step of the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572) on the score that gives
+    the saliency. A pixel without a gradient stays as it is, and the result may leave the range of the images.
+
+    Args:
+        images: (B, C, H, W).
+        gradient: of the score with respect to the images, (B, C, H, W).
+        step: how far each value moves, in the units of `images`, at least 0.
+
+    Returns:
+        (B, C, H, W) in the dtype of `images`.
+    """
+    return images - step * gradient.sign().to(images.dtype)

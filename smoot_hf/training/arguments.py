@@ -99,7 +99,8 @@ class SmootTrainingArguments(TrainingArguments):
     shared_dropout: bool = _of_settings("shared_dropout")
     kl_gradient: Literal["both", "masked"] = _of_settings("kl_gradient")
     mask_positions: Literal["least_salient", "random", "most_salient", "alternating"] = _of_settings("mask_positions")
-    mask_fill: Literal["uniform", "mean", "other_image"] = _of_settings("mask_fill")
+    mask_fill: Literal["uniform", "mean", "other_image", "adversarial"] = _of_settings("mask_fill")
+    fill_step: float = _of_settings("fill_step")
     deletion_auc_samples: int = _argument(
         0, "Report deletion_auc (lower is better) over this many evaluation images at every evaluation; 0: do not."
     )

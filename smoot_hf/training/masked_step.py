@@ -313,6 +313,8 @@ def mask_images(
         fill = SF.mean_fill(images)
     elif settings.mask_fill == "other_image":
         fill = SF.other_image_fill(images)
+    elif settings.mask_fill == "adversarial":
+        fill = SF.adversarial_fill(images, gradient, settings.fill_step)
     else:
         noise = SF.counter_uniform(settings.seed, epoch, sample_idx, tuple(images.shape[1:]))
         fill = SF.uniform_fill(images, is_masked, noise)

@@ -57,7 +57,10 @@ class SmootSettings:
             what the ranking is good for: `"random"`, `"most_salient"`, or `"alternating"` (the least salient in even
             epochs, the most salient in odd ones; the first epoch is 0).
         mask_fill: what replaces a pixel: `"uniform"` (Section 4.1), `"mean"` (of its channel in that image), or
-            `"other_image"` (the same pixel of the next image of the batch, so that a batch of one stays as it is).
+            `"other_image"` (the same pixel of the next image of the batch, so that a batch of one stays as it is), or
+            `"adversarial"` (the pixel itself, moved by `fill_step` against the sign of the score's gradient).
+        fill_step: how far `mask_fill="adversarial"` moves each value, in the units of the normalised images, at least
+            0; unused otherwise.
         label_smoothing_factor: of the cross-entropy, in [0, 1].
         seed: of the fill and of random mask positions, with the epoch and the index of the sample.
 
@@ -104,10 +107,13 @@ class SmootSettings:
     mask_positions: Literal["least_salient", "random", "most_salient", "alternating"] = _setting(
         "least_salient", "Which K positions are masked; random, most_salient and alternating (by epoch) are controls."
     )
-    mask_fill: Literal["uniform", "mean", "other_image"] = _setting(
+    mask_fill: Literal["uniform", "mean", "other_image", "adversarial"] = _setting(
         "uniform",
-        "What replaces a pixel: uniform noise in the range of what remains, the channel's mean, or a pixel of "
-        "the next image of the batch.",
+        "What replaces a pixel: uniform noise in the range of what remains, the channel's mean, another image's pixel, or "
+        "a step of the pixel against the score (adversarial).",
+    )
+    fill_step: float = _setting(
+        0.2, "How far mask_fill=adversarial moves a pixel, in units of the normalised images, at least 0."
     )
     # The last two are fields of `TrainingArguments`.
     label_smoothing_factor: float = 0.0
@@ -122,7 +128,7 @@ class SmootSettings:
                 raise ValueError(f"{f.name} must be True or False, got {value!r}")
         for name in ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "alpha", "label_smoothing_factor"):
             require_number(name, getattr(self, name), 0, 1)
-        for name in ("step_size", "kl_weight"):
+        for name in ("step_size", "kl_weight", "fill_step"):
             require_number(name, getattr(self, name), 0, math.inf)
         for name in ("top_n", "mask_cell"):
             require_count(name, getattr(self, name), 1)

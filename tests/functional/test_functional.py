@@ -180,6 +180,14 @@ def test_other_image_fill_takes_every_image_once_and_no_image_its_own():
     assert torch.equal(SF.other_image_fill(images[:1]), images[:1])
 
 
+def test_adversarial_fill_lowers_the_score():
+    """Catches a step along the gradient, one of another length, and one that moves a pixel without a gradient."""
+    images = torch.tensor([[[[0.5, -1.0, 2.0]]]], requires_grad=True)
+    score = (images * torch.tensor([3.0, -0.1, 0.0])).sum(dim=(1, 2, 3))
+    (gradient,) = torch.autograd.grad(score.sum(), images)
+    assert SF.adversarial_fill(images.detach(), gradient, 0.25).flatten().tolist() == [0.25, -0.75, 2.0]
+
+
 # --- saliency ----------------------------------------------------------------------------------------------------
 
 

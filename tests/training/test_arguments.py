@@ -20,8 +20,8 @@ def test_every_added_field_is_a_flag_with_help(tmp_path):
         "step_unit": "percent", "rounding": "trunc", "alpha": "0.95", "top_n": "3", "delta_mode": "label",
         "kl_weight": "0.5", "saliency_score": "log_prob", "signed_saliency": "False", "saliency_target": "predicted",
         "saliency_pass": "eval", "shared_dropout": "False", "kl_gradient": "masked", "mask_fill": "mean",
-        "mask_positions": "random", "mask_cell": "4", "deletion_auc_samples": "64", "overwrite_output_dir": "True",
-        "keep_freed_memory": "True",
+        "fill_step": "0.5", "mask_positions": "random", "mask_cell": "4", "deletion_auc_samples": "64",
+        "overwrite_output_dir": "True", "keep_freed_memory": "True",
     }  # fmt: skip
     assert sorted(flags) == sorted(f.name for f in ADDED)
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -39,7 +39,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
         "mask_cell": 1, "step_unit": "auto", "rounding": "floor", "alpha": 0.8, "top_n": 5, "delta_mode": "rank",
         "kl_weight": 1.0,
         "saliency_score": "logit", "signed_saliency": True, "saliency_target": "label", "saliency_pass": "shared",
-        "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform",
+        "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform", "fill_step": 0.2,
         "mask_positions": "least_salient", "deletion_auc_samples": 0, "overwrite_output_dir": False,
         "keep_freed_memory": False,
     }  # fmt: skip
@@ -71,6 +71,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
         ("kl_gradient", "none", "kl_gradient must be one of"),
         ("mask_positions", "salient", "mask_positions must be one of"),
         ("mask_fill", "noise", "mask_fill must be one of"),
+        ("fill_step", -0.1, "fill_step must be finite and at least 0, got -0.1"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(tmp_path, field, value, message):

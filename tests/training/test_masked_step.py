@@ -95,6 +95,7 @@ def test_kl_gradient_masked_makes_the_clean_prediction_a_constant(quick_args):
         {"mask_positions": "random"},
         {"mask_fill": "mean"},
         {"mask_fill": "other_image"},
+        {"mask_fill": "adversarial"},
     ],
 )
 def test_every_reading_of_the_saliency_changes_the_step(override, quick_args):
