@@ -109,8 +109,8 @@ class SmootSettings:
     )
     mask_fill: Literal["uniform", "mean", "other_image", "adversarial"] = _setting(
         "uniform",
-        "What replaces a pixel: uniform noise in the range of what remains, the channel's mean, another image's pixel, or "
-        "a step of the pixel against the score (adversarial).",
+        "What replaces a pixel: uniform noise in the range of what remains, the channel's mean, another image's "
+        "pixel, or the pixel moved against the score (adversarial).",
     )
     fill_step: float = _setting(
         0.2, "How far mask_fill=adversarial moves a pixel, in units of the normalised images, at least 0."
