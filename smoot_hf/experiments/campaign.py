@@ -1,7 +1,8 @@
 """Run a campaign: many short trainings of many settings and seeds, each judged, in a queue that can be broken off.
 
     smoot-hf campaign FILE.toml [--source DIRECTORY] [--workers 2] [--seeds 0 1] [--settings NAME ...]
-    smoot-hf campaign FILE.toml --summary
+    smoot-hf campaign FILE.toml --summary [--results RESULTS.jsonl]
+    smoot-hf campaign FILE.toml --export RESULTS.jsonl
 
 Time: processor time on one thread is measured for every run; recipes/campaigns/forks.toml says what it takes.
 
@@ -30,24 +31,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_campaign_parser()
     options = parser.parse_args(argv)
     # Only now, since it takes ten seconds.
-    from .campaign_queue import chosen, finished_result, read_campaign, result_path, select, sources, work
+    from . import campaign_queue as queue
     from .campaign_run import load_pixels
     from .campaign_summary import summary
 
     try:
-        plans = [chosen(plan, options) for plan in read_campaign(options.file)]
-        plans = select(plans, options.seeds, options.settings)
+        plans = [queue.chosen(plan, options) for plan in queue.read_campaign(options.file)]
+        plans = queue.select(plans, options.seeds, options.settings)
         output = options.output or Path(f"runs/campaign-{options.file.stem}-{plans[0].network}")
-        finished = [result for plan in plans if (result := finished_result(plan, output)) is not None]
+        finished = queue.finished_results(plans, output, options.results)
+        if options.export is not None:
+            queue.export(finished, options.export)
+            print(f"{len(finished)} of {len(plans)} runs written to {options.export}")
         if options.summary:
             print(summary(finished, options.score, options.against))
+        if options.summary or options.export is not None:
             return
-        missing = [plan for plan in plans if not result_path(plan, output).is_file()]
-        for source in {source for plan in missing for source in sources(plan)}:
+        missing = [plan for plan in plans if not queue.result_path(plan, output).is_file()]
+        for source in {source for plan in missing for source in queue.sources(plan)}:
             load_pixels(source, "train")  # decoded once, before the workers would all do so
     except (ValueError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
-    if work(missing, output, options.workers, done=len(finished)):
+    if queue.work(missing, output, options.workers, done=len(finished)):
         raise SystemExit(1)
 
 
@@ -66,6 +71,12 @@ def make_campaign_parser() -> OneLineParser:
     parser.add_argument("--network", choices=("paper", "small"), help="In place of the file's.")
     parser.add_argument("--source", help="The images, in place of the file's: a Hub id or a local directory.")
     parser.add_argument("--summary", action="store_true", help="Print the table of the finished runs; train nothing.")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="Write the finished runs as one file of JSON lines."
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="With --summary: runs of a file that --export wrote."
+    )
     parser.add_argument(
         "--score", default="outside_0.1", help="The localisation score of the table (default: outside_0.1)."
     )

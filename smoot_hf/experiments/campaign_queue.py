@@ -10,6 +10,7 @@ import sys
 import threading
 import tomllib
 import traceback
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -136,17 +137,67 @@ def finished_result(plan: Plan, output: Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        settings = result["settings"]
+        result["settings"]["name"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it, and the run is made again") from error
-    asked = json.loads(json.dumps(settings_of(plan)))
-    for part in asked:
-        if settings.get(part) != asked[part]:
-            raise ValueError(
-                f"{path} was made with {part} {settings.get(part)}, not {asked[part]}: choose another --output, or "
-                "delete it"
-            )
+    _check_settings(plan, result, path)
     return result
+
+
+def _check_settings(plan: Plan, result: Mapping[str, Any], path: Path) -> None:
+    made, asked = result["settings"], json.loads(json.dumps(settings_of(plan)))
+    for part in asked:
+        if made.get(part) != asked[part]:
+            raise ValueError(
+                f"{path} was made with {part} {made.get(part)}, not {asked[part]}: choose another place, or delete it"
+            )
+
+
+def finished_results(plans: Sequence[Plan], output: Path, exported: Path | None = None) -> list[dict[str, Any]]:
+    """The results of the plans that are finished: in their folders, or in a file that `export` wrote.
+
+    Raises:
+        ValueError: a result is torn, or of other settings than its plan's.
+        OSError: the file cannot be read.
+    """
+    if exported is None:
+        return [result for plan in plans if (result := finished_result(plan, output)) is not None]
+    found = {(result["settings"]["name"], result["settings"]["seed"]): result for result in read_export(exported)}
+    here = [(plan, found[plan.name, plan.seed]) for plan in plans if (plan.name, plan.seed) in found]
+    for plan, result in here:
+        _check_settings(plan, result, exported)
+    return [result for _, result in here]
+
+
+def export(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write finished runs as one file of JSON lines, sorted by name and seed, numbers rounded to four decimals."""
+    ordered = sorted(results, key=lambda result: (result["settings"]["name"], result["settings"]["seed"]))
+    write_whole(path, "".join(f"{json.dumps(_rounded(result), separators=(',', ':'))}\n" for result in ordered))
+
+
+def read_export(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file that `export` wrote.
+
+    Raises:
+        ValueError: a line is no result of a run; the message names it.
+        OSError: the file cannot be read.
+    """
+    results = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            results.append(json.loads(line))
+            results[-1]["settings"]["name"], results[-1]["settings"]["seed"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no result of a run: {error}") from error
+    return results
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, Mapping):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def work(plans: list[Plan], output: Path, workers: int, done: int = 0) -> int:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,12 +37,14 @@ from ..evaluation.diff_roar import diff_roar
 from ..models import PaperCnnConfig, PaperCnnForImageClassification
 from ..training import MaskBudget, SmootSettings, SmootTrainingArguments, masked_step
 from ..training.allocator import freed_memory_kept
+from ..training.masked_step import CleanPass, shared_pass
 from .small_cnn import SmallCnn
 
 # What the loop below reads of the Trainer's own arguments; the others would change nothing, and are refused.
 READ_OF_THE_TRAINER = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "weight_decay")
-# Keep the signs of a random walk and the order of the batches apart from the fill, of the same seed, epoch and samples.
-_WALK_STREAM, _SHUFFLE_STREAM = 0x77616C6B, 0x73687566
+# Keep the signs of a random walk, the order of the batches and a drawn mask apart from the fill, whose seed, epoch and
+# samples are the same.
+_WALK_STREAM, _SHUFFLE_STREAM, _OUTSIDE_STREAM = 0x77616C6B, 0x73687566, 0x6F757473
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,14 @@ class Controls:
             by what came of it. "random_walk": K moves by steps of the same size with random signs.
         gradient_penalty: weight of the squared norm of the cross-entropy's input gradient, mean over the images (double
             backpropagation; Ross and Doshi-Velez 2018): a known way to clear maps. With `method="standard"`.
+        masked_outside_evidence: the K positions are drawn at random outside of the evidence: a mask that no saliency
+            map could better. With `method="sgt"` and magnitudes, and a set whose evidence is known.
         adversarial_epsilon: train on images moved by this much, in normalised units, along the sign of that gradient
             (FGSM): the known-good way. With `method="standard"`.
     """
 
     k_control: Literal["own", "shuffled", "random_walk"] = "own"
+    masked_outside_evidence: bool = False
     gradient_penalty: float = 0.0
     adversarial_epsilon: float = 0.0
 
@@ -132,6 +137,11 @@ class Plan:
             raise ValueError(f"{self.name}: k_control must be 'own', 'shuffled' or 'random_walk'")
         if controls.k_control != "own" and method != "smoot":
             raise ValueError(f"{self.name}: k_control={controls.k_control!r} needs method='smoot', whose K moves")
+        plain = self.images().planted == "plain"
+        if controls.masked_outside_evidence and (method != "sgt" or self.train.get("signed_saliency", True) or plain):
+            raise ValueError(
+                f"{self.name}: masked_outside_evidence needs method='sgt', signed_saliency=false and planted evidence"
+            )
         if (controls.gradient_penalty or controls.adversarial_epsilon) and method != "standard":
             raise ValueError(f"{self.name}: gradient_penalty and adversarial_epsilon go with method='standard'")
         return controls
@@ -182,7 +192,15 @@ def run(plan: Plan, weights: Path | None = None) -> dict[str, Any]:
 
     clocks = [_clocks()]
     with freed_memory_kept():
-        budget = train(model, images, splits.train.labels, args, controls, measure_epoch)
+        budget = train(
+            model,
+            images,
+            splits.train.labels,
+            args,
+            controls,
+            after_epoch=measure_epoch,
+            evidence=splits.train.evidence,
+        )
     clocks.append(_clocks())
     if weights is not None:
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
@@ -229,6 +247,7 @@ def train(
     args: SmootTrainingArguments,
     controls: Controls,
     after_epoch: Callable[[], None] = lambda: None,
+    evidence: Tensor | None = None,
 ) -> MaskBudget | None:
     """Train in place, by AdamW at a constant rate, in an order that `args.seed` fixes.
 
@@ -239,6 +258,7 @@ def train(
         args: method and settings.
         controls: of the comparison.
         after_epoch: called after every epoch; may put the model in eval mode.
+        evidence: bool (N, H, W), which `controls.masked_outside_evidence` needs.
 
     Returns:
         K of every image; `None` for standard training.
@@ -258,7 +278,11 @@ def train(
                 loss = _standard_loss(model, images[rows], labels[rows], args, controls)
             else:
                 k = budget.read(lender[rows])
-                step = masked_step(model, images[rows], labels[rows], rows, k, epoch, settings, weights=weights)
+                named: dict[str, Any] = {"weights": weights}
+                if controls.masked_outside_evidence and evidence is not None:
+                    noise = SF.counter_uniform(args.seed ^ _OUTSIDE_STREAM, epoch, rows, image_size)
+                    named = {"clean_pass": partial(_pass_ranked_by, (evidence[rows] + noise)[:, None])}
+                step = masked_step(model, images[rows], labels[rows], rows, k, epoch, settings, **named)
                 loss = step.ce.mean() + settings.kl_weight * step.kl.mean()
             loss.backward()
             optimizer.step()
@@ -272,6 +296,11 @@ def train(
                 budget.update(rows, delta, settings.step_in_positions(image_size), settings.rounding)
         after_epoch()
     return budget
+
+
+def _pass_ranked_by(ranks: Tensor, *args: Any) -> CleanPass:
+    """The clean pass, with (B, 1, H, W) in place of the gradient that ranks the pixels."""
+    return shared_pass(*args)._replace(gradient=ranks)
 
 
 def epoch_order(count: int, epoch: int, seed: int) -> Tensor:

@@ -116,6 +116,30 @@ def test_a_shuffled_k_is_that_of_another_image(monkeypatch):
     assert torch.equal(k.sort().values, own.sort().values)
 
 
+def test_a_mask_outside_the_evidence_leaves_the_evidence_alone(monkeypatch):
+    """Catches a mask on the evidence, one that is the same in every epoch, and gradients that are no longer exact."""
+    data, model, seen = TinyImages(40), cnn(), []
+    evidence = torch.zeros(40, 8, 8, dtype=torch.bool)
+    evidence[:20, :4], evidence[20:, 4:] = True, True
+    step = campaign_run.masked_step
+
+    def watched(*args, **named):
+        result = step(*args, **named)
+        seen.append((args[3], result.is_masked[:, 0]))
+        return result
+
+    monkeypatch.setattr(campaign_run, "masked_step", watched)
+    train = {**FAST, "num_train_epochs": 2, "method": "sgt", "signed_saliency": False, "masked_outside_evidence": True}
+    plan = campaign_run.Plan("x", 1, train={**train, "mask_ratio": 0.25})
+    images, labels = data.images, torch.tensor(data.labels)
+    campaign_run.train(model, images, labels, plan.arguments(), plan.controls(), evidence=evidence)
+    (rows, first), (again, second) = seen
+    for order, is_masked in seen:
+        assert not (is_masked & evidence[order]).any()
+        assert (is_masked.sum((1, 2)) == 16).all()
+    assert not torch.equal(first[rows.argsort()], second[again.argsort()])
+
+
 def test_the_positive_controls_are_what_they_say():
     """Catches a penalty that is not differentiated, and an attack that goes the wrong way."""
     data, model = TinyImages(12), cnn().double()
@@ -236,6 +260,7 @@ def test_other_sets_and_networks_run(planted):
         ({"k_control": "shuffled", "method": "sgt"}, "needs method='smoot'"),
         ({"k_control": "sorted"}, "k_control must be"),
         ({"gradient_penalty": 1.0}, "go with method='standard'"),
+        ({"masked_outside_evidence": True}, "masked_outside_evidence needs method='sgt'"),
     ],
 )
 def test_what_a_run_does_not_know_is_refused(train, message):
@@ -356,6 +381,29 @@ def test_results_of_other_settings_are_refused(tmp_path, capsys):
     place.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         campaign_queue.finished_result(plans[0], tmp_path / "out")
+
+
+def test_exported_runs_sum_up_to_the_same_table(tmp_path, capsys):
+    """Catches a run that is lost on the way, rounding that is seen, and an export of other settings."""
+    path, output = write_file(tmp_path, seeds=1), tmp_path / "out"
+    for number, plan in enumerate(campaign_queue.read_campaign(path)):
+        place = campaign_queue.result_path(plan, output)
+        place.parent.mkdir(parents=True)
+        found = result(plan.name, 0, 20.0 + number / 3, 94.0) | {"settings": campaign_queue.settings_of(plan)}
+        place.write_text(json.dumps(found))
+    file = tmp_path / "runs.jsonl"
+    campaign.main([str(path), "--output", str(output), "--export", str(file), "--summary"])
+    written, table = capsys.readouterr().out.split("\n", 1)
+    assert written == f"2 of 2 runs written to {file}"
+    assert '"value":20.3333}' in file.read_text()
+    campaign.main([str(path), "--results", str(file), "--summary"])
+    assert capsys.readouterr().out == table
+    with pytest.raises(SystemExit):
+        campaign.main([str(write_file(tmp_path, seeds=1, epochs=2)), "--results", str(file), "--summary"])
+    assert "was made with train" in capsys.readouterr().err
+    file.write_text(file.read_text() + "{}\n")
+    with pytest.raises(ValueError, match="line 3 is no result of a run"):
+        campaign_queue.read_export(file)
 
 
 @pytest.mark.parametrize(
