@@ -24,9 +24,10 @@ Settings that differ from the library's defaults, and why:
   num_train_epochs           100, and 256 images a batch, as in the paper.
   rounding                   trunc: the floor of Equation 4 takes a pixel off for any negative delta, however small, and
                              the median of K leaves the value that the tables show.
+  signed_saliency            true: as in train_mnist.py.
 
-alpha 0.8, the gradient of the logit and its signed ranking, step_size 10 pixels, kl_weight 1 and mask_ratio 0.5 are the
-library's own. The mask lives on the 32x32 pixels of the data; resizing to the model's 224x224 comes after it.
+alpha 0.8, the gradient of the logit, step_size 10 pixels, kl_weight 1 and mask_ratio 0.5 are the library's own. The
+mask lives on the 32x32 pixels of the data; resizing to the model's 224x224 comes after it.
 
 Adadelta at 0.001 moves slowly. AdamW in its place:
 

@@ -26,6 +26,7 @@ Settings that differ from the library's defaults, and why:
   rounding                   trunc: the floor of Equation 4 takes a pixel off for any negative delta, however small, and
                              of 64 pixels the lower bound would soon be reached.
   saliency_score             log_prob: the published CNN ends in a log-softmax, whose gradient it takes.
+  signed_saliency            true: as in train_mnist.py.
 """
 
 from smoot_hf.experiments.recipes import RECIPES

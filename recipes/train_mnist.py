@@ -25,8 +25,10 @@ Settings that differ from the library's defaults, and why:
   rounding                   trunc: the floor of Equation 4 takes a pixel off for any negative delta, however small, and
                              the median of K leaves the value that the tables show.
   saliency_score             log_prob: the published CNN ends in a log-softmax, whose gradient it takes.
+  signed_saliency            true: Algorithm 2 and the published SGT code rank the gradient as it is. By magnitude, the
+                             library's default, saliency stays on the evidence (docs/verdict.md).
 
-Signed ranking of the gradient, step_size 10 pixels, kl_weight 1 and mask_ratio 0.5 (392 pixels) are the library's own.
+step_size 10 pixels, kl_weight 1 and mask_ratio 0.5 (392 pixels) are the library's own.
 The data are "ylecun/mnist" of the Hub; --dataset takes a local directory of the same Parquet files.
 """
 

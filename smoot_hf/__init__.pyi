@@ -15,6 +15,7 @@ from .evaluation import evaluate_localisation as evaluate_localisation
 from .models import PaperCnnConfig as PaperCnnConfig
 from .models import PaperCnnForImageClassification as PaperCnnForImageClassification
 from .models import load_model as load_model
+from .presets import PRESETS as PRESETS
 from .training import MaskBudget as MaskBudget
 from .training import SmootMixin as SmootMixin
 from .training import SmootSettings as SmootSettings

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smoot_hf"
 
 # Single modules that every package but functional may import, and that import nothing of ours.
-LEAVES = {"errors", "fingerprint", "markup"}
+LEAVES = {"errors", "fingerprint", "markup", "presets"}
 # Package (or top-level module) -> the packages of ours that it may import beside the leaves.
 ALLOWED = {
     "functional": set(),

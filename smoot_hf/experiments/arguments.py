@@ -30,6 +30,8 @@ def make_parser(defaults: Mapping[str, Any], description: str) -> RecipeParser:
         allow_abbrev=False,
     )
     flags.add_config(parser)
+    flags.add_preset(parser)
+    flags.add_former_flags(parser)
     if not defaults:
         flags.add_recipe(parser)
     parser.set_defaults(**{**DEFAULTS, **defaults})

@@ -138,9 +138,9 @@ class Plan:
         if controls.k_control != "own" and method != "smoot":
             raise ValueError(f"{self.name}: k_control={controls.k_control!r} needs method='smoot', whose K moves")
         plain = self.images().planted == "plain"
-        if controls.masked_outside_evidence and (method != "sgt" or self.train.get("signed_saliency", True) or plain):
+        if controls.masked_outside_evidence and (method != "sgt" or self.train.get("signed_saliency", False) or plain):
             raise ValueError(
-                f"{self.name}: masked_outside_evidence needs method='sgt', signed_saliency=false and planted evidence"
+                f"{self.name}: masked_outside_evidence needs method='sgt', ranking by magnitude and planted evidence"
             )
         if (controls.gradient_penalty or controls.adversarial_epsilon) and method != "standard":
             raise ValueError(f"{self.name}: gradient_penalty and adversarial_epsilon go with method='standard'")

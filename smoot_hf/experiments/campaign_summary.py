@@ -53,6 +53,20 @@ def value_of(result: Result, measure: str) -> float | None:
     return None if score is None else score["value"]
 
 
+def group(results: Sequence[Result]) -> dict[str, dict[int, Result]]:
+    """Results by the name of their setting and their seed."""
+    by_setting: dict[str, dict[int, Result]] = {}
+    for result in results:
+        by_setting.setdefault(result["settings"]["name"], {})[result["settings"]["seed"]] = result
+    return by_setting
+
+
+def values_of(runs: Mapping[int, Result], measure: str) -> dict[int, float]:
+    """A measure of every seed that it was measured for, see `value_of`."""
+    found = {seed: value_of(result, measure) for seed, result in runs.items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
 def summary(results: Sequence[Result], score: str, against: str) -> str:
     """A Markdown table: mean and standard deviation over seeds, and the difference to one setting, paired by seed.
 
@@ -64,19 +78,17 @@ def summary(results: Sequence[Result], score: str, against: str) -> str:
     Raises:
         ValueError: no finished run, or none of the setting that is compared with.
     """
-    by_setting: dict[str, dict[int, Result]] = {}
-    for result in results:
-        by_setting.setdefault(result["settings"]["name"], {})[result["settings"]["seed"]] = result
+    by_setting = group(results)
     if against not in by_setting:
         raise ValueError(f"no finished run of the setting {against!r}: there are {', '.join(by_setting) or 'none'}")
-    measures = [name for name in (score, "accuracy", "gap", "diff_roar") if _by_seed(by_setting[against], name)]
+    measures = [name for name in (score, "accuracy", "gap", "diff_roar") if values_of(by_setting[against], name)]
     head = ["setting", *(f"{name}; minus {against}" for name in measures), "K min / median / max", "CPU s"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for name, runs in by_setting.items():
         cells = [name]
         for measure in measures:
-            values = _by_seed(runs, measure)
-            difference = None if name == against else paired(values, _by_seed(by_setting[against], measure))
+            values = values_of(runs, measure)
+            difference = None if name == against else paired(values, values_of(by_setting[against], measure))
             cells.append("; ".join([_spread(values), *([difference.text()] if difference else [])]))
         lines.append(" | ".join([*cells, _k(runs), f"{statistics.fmean(_seconds(run) for run in runs.values()):.0f}"]))
     compared = len(by_setting) - 1
@@ -85,11 +97,6 @@ def summary(results: Sequence[Result], score: str, against: str) -> str:
         f"compared with {against}: {compared}; about one interval in twenty excludes 0 by luck alone."
     )
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n{note}"
-
-
-def _by_seed(runs: Mapping[int, Result], measure: str) -> dict[int, float]:
-    found = {seed: value_of(result, measure) for seed, result in runs.items()}
-    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def _spread(values: Mapping[int, float]) -> str:

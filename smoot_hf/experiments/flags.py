@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from ..presets import PRESETS
 from .recipes import RECIPES
 
 METHODS = ("standard", "sgt", "smoot")
@@ -171,6 +172,8 @@ def quick_parser(defaults: Mapping[str, Any], description: str | None) -> OneLin
     for flag in flags.values():
         _add_flag(parser, flag)
     add_config(parser)
+    add_preset(parser)
+    add_former_flags(parser)
     if not defaults:
         add_recipe(parser)
     parser.set_defaults(**{**DEFAULTS, **defaults})
@@ -263,17 +266,33 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), help="Take the settings of this data set as defaults.")
 
 
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """The flag that names settings of the method."""
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="Settings of the method as defaults: recommended is what the measurements speak for, paper Algorithm 2.",
+    )
+
+
+def add_former_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that scripts have, and that `HfArgumentParser` no longer makes since the default is what they say."""
+    names = _spellings("no_signed_saliency")
+    parser.add_argument(*names, dest="signed_saliency", action="store_false", default=False, help=argparse.SUPPRESS)
+
+
 def expand_flags(parser: OneLineParser, argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     """The command line with the flags of its configuration file before its own, and what it says; exits if wrong.
 
-    Where it names a recipe, the settings of that become defaults of the parser.
+    Where it names a recipe or a preset, their settings become defaults of the parser; the preset's come last.
     """
     flags = with_config(parser, argv)
     known, unknown = parser.parse_known_args(flags)
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{near(parser, unknown[0].lstrip('-').split('=')[0])}")
-    if getattr(known, "recipe", None) is not None:
-        parser.set_defaults(**RECIPES[known.recipe])
+    named = {**RECIPES.get(getattr(known, "recipe", ""), {}), **PRESETS.get(known.preset, {})}
+    if named:
+        parser.set_defaults(**named)
         known = parser.parse_args(flags)
     return flags, known
 

@@ -16,6 +16,7 @@ _MNIST: dict[str, Any] = {
     "alpha": 0.95,
     "rounding": "trunc",
     "saliency_score": "log_prob",
+    "signed_saliency": True,
 }
 _CIFAR10: dict[str, Any] = {
     "dataset": "uoft-cs/cifar10",
@@ -26,6 +27,7 @@ _CIFAR10: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "num_train_epochs": 100,
     "rounding": "trunc",
+    "signed_saliency": True,
 }
 # Name of a recipe -> values of the flags that differ from the defaults of `smoot-hf train`.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -40,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 64,
         "rounding": "trunc",
         "saliency_score": "log_prob",
+        "signed_saliency": True,
     },
     "mnist": _MNIST,
     "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},

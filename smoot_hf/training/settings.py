@@ -46,7 +46,8 @@ class SmootSettings:
             puts the label first.
         kl_weight: lambda of Equation 5, at least 0.
         saliency_score: the output whose gradient is the saliency: `"logit"` or `"log_prob"`.
-        signed_saliency: rank pixels by the signed gradient (`True`, Algorithm 2), or by its magnitude (`False`).
+        signed_saliency: rank pixels by the magnitude of the gradient (`False`), or by the signed gradient as
+            Algorithm 2 is written (`True`), which moves saliency off the evidence; docs/verdict.md has the numbers.
         saliency_target: the class whose score is differentiated: `"label"` or `"predicted"`.
         saliency_pass: `"shared"`: one forward pass serves both saliency and loss. `"eval"`: the saliency gets a forward
             pass of its own, without dropout and without changing batch statistics.
@@ -95,7 +96,7 @@ class SmootSettings:
     saliency_score: Literal["logit", "log_prob"] = _setting(
         "logit", "The output whose input gradient is the saliency. log_prob gradients vanish as the model fits."
     )
-    signed_saliency: bool = _setting(True, "Rank the gradient as it is (Algorithm 2); False: its magnitude.")
+    signed_saliency: bool = _setting(False, "Rank by the gradient as it is (Algorithm 2); False: by its magnitude.")
     saliency_target: Literal["label", "predicted"] = _setting("label", "The class whose score gives the saliency.")
     saliency_pass: Literal["shared", "eval"] = _setting(
         "shared", "shared: the training forward pass also gives the saliency; eval: a forward pass in eval mode does."

@@ -33,6 +33,7 @@ from smoot_hf.experiments import (
 from smoot_hf.experiments.command import SUBCOMMANDS
 from smoot_hf.experiments.recipes import RECIPES
 from smoot_hf.experiments.run import settings_of
+from smoot_hf.presets import PRESETS
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem.removeprefix("train_") for path in FOLDER.glob("train_*.py"))
@@ -129,6 +130,19 @@ def test_output_directory_names_the_run():
     # Seeds are runs of their own; the default one needs no mention.
     assert parse("mnist", "--seed", "7")[0].output_dir == "runs/mnist-cnn-smoot-seed7"
     assert parse("mnist", "--seed", "42")[0].output_dir == "runs/mnist-cnn-smoot"
+
+
+def test_a_preset_comes_after_the_recipe_and_before_the_flags():
+    """Fault: a preset that a recipe overrides, that overrides a flag, or that says what no argument is."""
+    parser = arguments.make_parser({}, "help")
+    for name, preset in PRESETS.items():
+        args, _ = arguments.parse(parser, ["--recipe", "mnist", "--preset", name])
+        assert {field: getattr(args, field) for field in preset} == preset
+        assert args.alpha == 0.95
+    args, _ = arguments.parse(parser, ["--preset", "recommended", "--fill_step", "0.3", "--method", "smoot"])
+    assert (args.fill_step, args.method, args.mask_fill) == (0.3, "smoot", "adversarial")
+    with pytest.raises(SystemExit):
+        arguments.parse(parser, ["--preset", "best"])
 
 
 @pytest.mark.parametrize(
@@ -278,7 +292,11 @@ def test_every_command_reads_a_configuration_file():
 
 
 # Defaults that version 0.1.0 had otherwise, and why they differ.
-CHANGED_DEFAULTS = {("evaluate", "--device"): "None"}  # a GPU is used where there is one
+CHANGED_DEFAULTS = {
+    ("evaluate", "--device"): "None",  # a GPU is used where there is one
+    ("train", "--step_unit"): "'auto'",  # the same at the paper's sizes, and K moves on larger images
+    ("train", "--signed_saliency"): "False",  # docs/verdict.md; the recipes keep the paper's reading
+}
 
 
 def test_every_flag_of_version_0_1_0_is_still_there_with_its_default():
@@ -319,7 +337,7 @@ def test_what_is_checked_early_is_told_in_the_same_words(argv, message, capsys):
 def test_what_is_right_passes_the_early_check():
     """Fault: a command that worked is refused."""
     Path("right.yaml").write_text("alpha: 5e-1\nlabel_names: [a, b]\nlr_scheduler_kwargs: {a: 1}\n")
-    right = ["right.yaml", "--top-n", "4", "--bf16", "--horizontal_flip", "false", "--no_signed_saliency"]
+    right = ["right.yaml", "--top-n", "4", "--bf16", "--horizontal_flip", "false", "--no_shared_dropout"]
     right += ["--label_names", "a", "b", "--alpha", "-1", "--resume_from_checkpoint=true", "--warmup_steps", "0.1"]
     flags.check_flags({"alpha": 0.95}, "help", right)
 

@@ -18,7 +18,7 @@ def test_every_added_field_is_a_flag_with_help(tmp_path):
     flags = {
         "method": "sgt", "mask_ratio": "0.4", "mask_ratio_min": "0.1", "mask_ratio_max": "0.9", "step_size": "3.5",
         "step_unit": "percent", "rounding": "trunc", "alpha": "0.95", "top_n": "3", "delta_mode": "label",
-        "kl_weight": "0.5", "saliency_score": "log_prob", "signed_saliency": "False", "saliency_target": "predicted",
+        "kl_weight": "0.5", "saliency_score": "log_prob", "signed_saliency": "True", "saliency_target": "predicted",
         "saliency_pass": "eval", "shared_dropout": "False", "kl_gradient": "masked", "mask_fill": "mean",
         "fill_step": "0.5", "mask_positions": "random", "mask_cell": "4", "deletion_auc_samples": "64",
         "overwrite_output_dir": "True", "keep_freed_memory": "True",
@@ -38,7 +38,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
         "method": "smoot", "mask_ratio": 0.5, "mask_ratio_min": 0.2, "mask_ratio_max": 0.8, "step_size": 10.0,
         "mask_cell": 1, "step_unit": "auto", "rounding": "floor", "alpha": 0.8, "top_n": 5, "delta_mode": "rank",
         "kl_weight": 1.0,
-        "saliency_score": "logit", "signed_saliency": True, "saliency_target": "label", "saliency_pass": "shared",
+        "saliency_score": "logit", "signed_saliency": False, "saliency_target": "label", "saliency_pass": "shared",
         "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform", "fill_step": 0.2,
         "mask_positions": "least_salient", "deletion_auc_samples": 0, "overwrite_output_dir": False,
         "keep_freed_memory": False,

@@ -90,7 +90,7 @@ def test_kl_gradient_masked_makes_the_clean_prediction_a_constant(quick_args):
     "override",
     [
         {"saliency_score": "log_prob"},
-        {"signed_saliency": False},
+        {"signed_saliency": True},
         {"saliency_target": "predicted"},
         {"mask_positions": "random"},
         {"mask_fill": "mean"},

@@ -222,7 +222,7 @@ def test_the_rotation_keeps_the_best_checkpoint_and_its_k(tmp_path, quick_traine
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"signed_saliency": False}, "signed_saliency is True there and False here"),
+        ({"signed_saliency": True}, "signed_saliency is False there and True here"),
         ({"saliency_score": "log_prob"}, "saliency_score is logit there and log_prob here"),
         ({"saliency_target": "predicted"}, "saliency_target is label there and predicted here"),
         ({"mask_fill": "mean"}, "mask_fill is uniform there and mean here"),
