@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ..data.decoded_images import DecodedImages
@@ -25,7 +26,7 @@ from ..functional.removal import Fill
 from .checkpoint import Checkpoint
 from .figures import Example, draw_curves, draw_image_classes, try_to_draw
 from .run import write_whole
-from .training_run import decode, limit, load_splits
+from .training_run import load_images
 
 # What a file may hold beside tensors and plain values; anything else in it is refused, and none of its code runs.
 _CLASSES = [Convention, Curve, Faithfulness, ImageClasses, WeightRandomization]
@@ -158,8 +159,7 @@ def choose_device() -> str:
 
 def load_test_images(options: argparse.Namespace) -> DecodedImages:
     """The decoded images of the held-out split; of the training images one is decoded, which says the size of all."""
-    splits = limit(load_splits(options, options.dataset), {"train": 1, "test": options.max_eval_samples})
-    return DecodedImages(decode(splits, options)["test"])
+    return load_images(options, options.dataset, {"train": 1, "test": options.max_eval_samples})["test"]
 
 
 def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Namespace, output: Path) -> Results:
@@ -237,7 +237,7 @@ class Measuring:
 
     def random_weights(self, convention: Convention) -> WeightRandomization:
         """The maps beside those of the same network with random weights, on the first images."""
-        some = DecodedImages(self.test.dataset.select(range(min(len(self.test), _SANITY_IMAGES))))
+        some = Subset(self.test, range(min(len(self.test), _SANITY_IMAGES)))
         # Nothing is removed, so the fill does not matter.
         how: dict[str, Any] = {
             "attribution": convention.attribution,

@@ -59,6 +59,7 @@ ATTRIBUTIONS = (
     "deep_lift",
     "random",
 )
+PLANTED = ("plain", "block", "block-fixed", "decoy")
 FILLS = ("corner", "mean", "zero", "uniform", "blur")
 
 
@@ -101,6 +102,7 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--label_column", help="Column of the labels, where it is ambiguous.")
     parser.add_argument("--convert_rgb", action="store_true", help="Three channels for grey images.")
     parser.add_argument("--image_size", type=int, help="Resize and crop to a square of this side, as in training.")
+    parser.add_argument("--planted", choices=PLANTED, default="plain", help="Plant evidence, as in training.")
     parser.add_argument("--train_split", default="train", help="Split that the model was trained on (default: train).")
     parser.add_argument("--eval_split", help="Split to evaluate on (default: as smoot-hf train).")
     parser.add_argument("--device", help="Where to compute (default: cuda where there is one, else cpu).")
