@@ -325,14 +325,17 @@ def rank_batch(
     convention: Convention,
     seed: int,
     batch_size: int,
+    ranker: LogitsModel | None = None,
 ) -> RankedBatch:
     """Clean outputs, the class that is followed, the attribution and the fill of a batch.
+
+    The attribution is that of `ranker` where one is given, else the model's own.
 
     Raises:
         ValueError: a label that is no class of the model, a model without logits, or an attribution that is no tensor,
             has another shape than (B, H, W), is complex, or has no gradient to be made of.
     """
-    by_gradient = attribution is None and convention.attribution == "gradient"
+    by_gradient = attribution is None and convention.attribution == "gradient" and ranker is None
     score, signed = convention.score or "logit", bool(convention.signed)
     images = batch.images.detach().requires_grad_(by_gradient)
     with torch.set_grad_enabled(by_gradient):
@@ -349,7 +352,7 @@ def rank_batch(
         outputs = outputs.detach()
     elif attribution is None:
         values = attribute(
-            model,
+            ranker or model,
             batch.images,
             target,
             batch.sample_idx,
@@ -360,7 +363,7 @@ def rank_batch(
             batch_size=batch_size,
         )
     else:
-        values = attribution(model, batch.images, target)
+        values = attribution(ranker or model, batch.images, target)
         if not isinstance(values, Tensor):
             raise ValueError(f"attribution must return a tensor (B, H, W), got a {type(values).__name__}")
         values = values.detach()

@@ -1,6 +1,7 @@
 """Pure functions over tensors: no I/O, no model, no global random state."""
 
 from .budget import update_budget
+from .localisation import boxes_to_mask
 from .masking import counter_uniform, least_salient_mask, masked_positions, mean_fill, uniform_fill
 from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
 from .perturbation import area_under_curve, deletion_curve, insertion_curve
@@ -10,6 +11,7 @@ from .saliency import channel_mean, class_score, input_saliency, log_prob_deriva
 __all__ = [
     "ObjectiveParts",
     "area_under_curve",
+    "boxes_to_mask",
     "channel_mean",
     "class_score",
     "classification_loss",
