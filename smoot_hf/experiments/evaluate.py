@@ -18,6 +18,8 @@ the table and in results.json):
   random order    the same model and fill, positions replaced in random order: the control.
   insertion AUC   positions put back into the fill, highest first. Higher is better.
   gap             AUC of least salient first minus AUC. Higher is better; a random ranking has 0.
+  localisation    with --planted, where it is known where the evidence lies: how much of the saliency lies there, over
+                  the images that are classified correctly. Nothing is removed for it.
   class II        images that masking salient positions helps (the paper's Figure 1): the label's probability rises
                   by more than one percentage point above that of the whole image, and above that of no evidence: of
                   the fill alone, or one over the number of classes. How many of those peak before half is masked;
