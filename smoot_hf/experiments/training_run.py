@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import DatasetDict
-from torch.utils.data import Subset
 from transformers import EvalPrediction, set_seed
 from transformers.utils import logging
 
@@ -15,7 +14,8 @@ from ..data.dataset import load_image_dataset
 from ..data.decoded_images import DecodedImages, decode_images
 from ..data.planted_evidence import plant_images
 from ..errors import PushError, first_line
-from ..evaluation import Faithfulness, evaluate_faithfulness
+from ..evaluation import Faithfulness, Localisation, evaluate_faithfulness, evaluate_localisation
+from ..evaluation.ranked_batches import evenly_spread
 from ..fingerprint import hub_revision
 from ..functional.removal import Fill
 from ..models.classifier import load_image_processor, load_model
@@ -246,8 +246,9 @@ def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
     if trainer.is_world_process_zero():
         try:
             card["faithfulness"] = measure(trainer, args, recipe)
+            card["localisation"] = localise(trainer, args, recipe)
         except (ValueError, RuntimeError) as error:
-            logger.warning(f"the card has no faithfulness, which could not be measured: {first_line(error)}")
+            logger.warning(f"the card lacks what could not be measured of the saliency: {first_line(error)}")
         on_hub = hub_revision(trainer.train_dataset)
         card["dataset_tags"] = on_hub and on_hub[0]
     if not args.push_to_hub:
@@ -260,17 +261,29 @@ def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
 
 def measure(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> list[Faithfulness]:
     """Faithfulness on up to `card_samples` test images, spread evenly, by the library's convention with two fills."""
-    test = trainer.eval_dataset
-    count = min(recipe.card_samples, len(test))
-    rows = Subset(test, [row * len(test) // count for row in range(count)])
+    if not recipe.card_samples:
+        return []
     return [
         evaluate_faithfulness(
             trainer.model,
-            rows,
+            evenly_spread(trainer.eval_dataset, recipe.card_samples),
             fill=fill,
             input_pipeline=trainer.input_pipeline,
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
-        for fill in (_FILLS if count else ())
+        for fill in _FILLS
     ]
+
+
+def localise(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> Localisation | None:
+    """Localisation on the same images; `None` where they do not say where their evidence is."""
+    if not recipe.card_samples or trainer.eval_dataset.evidence is None:
+        return None
+    return evaluate_localisation(
+        trainer.model,
+        evenly_spread(trainer.eval_dataset, recipe.card_samples),
+        input_pipeline=trainer.input_pipeline,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+    )

@@ -19,6 +19,7 @@ from ..data.image_processor import processor_agrees
 from ..errors import first_line, writing
 from ..evaluation.attributions import attribute
 from ..evaluation.faithfulness import Faithfulness
+from ..evaluation.localisation import Localisation
 from ..evaluation.ranked_batches import data_batches, evenly_spread, has_index
 from ..evaluation.results import (
     Measurement,
@@ -27,6 +28,7 @@ from ..evaluation.results import (
     describe_environment,
     faithfulness_row,
     left_out_notes,
+    localisation_row,
 )
 from ..fingerprint import dataset_fingerprint, hub_revision
 from ..functional.perturbation import has_prediction
@@ -53,7 +55,9 @@ class Examples(NamedTuple):
     maps: torch.Tensor
 
 
-def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (), **given: Any) -> None:
+def write_model_card(
+    trainer: Any, *, faithfulness: Sequence[Faithfulness] = (), localisation: Localisation | None = None, **given: Any
+) -> None:
     """Write `README.md`, `figures/` and `results.json` into the trainer's output folder.
 
     A figure that cannot be drawn, because there is no evaluation set or no matplotlib, is left out with a warning.
@@ -61,6 +65,7 @@ def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (),
     Args:
         trainer: a `SmootTrainer`.
         faithfulness: of its model on its evaluation set, one for each convention.
+        localisation: of its model on its evaluation set, where that says where the evidence is.
         **given: the arguments of `SmootTrainer.create_model_card`.
 
     Raises:
@@ -69,7 +74,7 @@ def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (),
     folder = Path(trainer.args.output_dir)
     is_peft = _is_adapter(trainer)
     about = _about(trainer, given)
-    results = run_results(trainer, faithfulness)
+    results = run_results(trainer, faithfulness, localisation)
     examples = _examples(trainer) if faithfulness else None
     with writing(str(folder)):
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -105,11 +110,13 @@ def check_card_arguments(function: Callable[..., Any], given: Mapping[str, Any])
         )
 
 
-def run_results(trainer: Any, faithfulness: Sequence[Faithfulness] = ()) -> Results:
+def run_results(
+    trainer: Any, faithfulness: Sequence[Faithfulness] = (), localisation: Localisation | None = None
+) -> Results:
     """Everything that a run has measured, as the content of results.json.
 
     The first row has the metrics of the evaluation of the final weights, as `compute_metrics` reports them, and the
-    statistics of K; the others a faithfulness measurement each.
+    statistics of K; the others a faithfulness measurement each, and the last the localisation, where it was measured.
     """
     args, budget = trainer.args, trainer.mask_budget
     metrics = {name: Measurement({args.seed: value}, "as reported") for name, value in final_metrics(trainer).items()}
@@ -124,6 +131,8 @@ def run_results(trainer: Any, faithfulness: Sequence[Faithfulness] = ()) -> Resu
         }
     rows = [Row(f"{args.method}, final weights", metrics, None, details)]
     rows += [faithfulness_row(args.method, {args.seed: found}) for found in faithfulness]
+    if localisation is not None:
+        rows.append(localisation_row(args.method, {args.seed: localisation}))
     settings = {
         "method": args.method,
         "seed": args.seed,
@@ -327,6 +336,12 @@ _COLUMNS = {
     "insertion_auc": "Insertion AUC (%, higher is better)",
     "gap": "Gap (higher is better)",
 }
+_LOCALISATION = {
+    "outside_0.1": "Top 10 % of the saliency outside the evidence (%, lower is better)",
+    "relevance_mass": "Relevance mass on the evidence (%, higher is better)",
+    "pointing_game": "Pointing game (%, higher is better)",
+    "roc_auc": "ROC AUC of the saliency against the evidence (%, higher is better)",
+}
 
 
 def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, str]) -> str:
@@ -337,7 +352,8 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         about: names, data and model, of `_about`.
         figures: name -> path from the card.
     """
-    first, *measured = results.rows
+    first = results.rows[0]
+    measured, located = (_rows_with(results, name) for name in ("deletion_auc", "relevance_mass"))
     settings = dict(results.settings)
     # The commit comes last, under a name that says of what it is.
     versions = {name: version for name, version in results.environment.items() if version is not None}
@@ -349,6 +365,7 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         repo_literal=json.dumps(one_line(about["repo"]), ensure_ascii=False),
         reported={name: m.mean for name, m in first.metrics.items() if m.unit == "as reported"},
         measured=_measured(measured) if measured else None,
+        located=_located(located[0]) if located else None,
         budget=_budget(first),
         figures=figures,
         method=settings["method"],
@@ -400,6 +417,17 @@ def _measured(rows: Sequence[Row]) -> dict[str, Any]:
             for number, (row, metrics) in enumerate(zip(by_seed, (row.metrics for row in rows), strict=True), 1)
         ],
     }
+
+
+def _rows_with(results: Results, metric: str) -> list[Row]:
+    return [row for row in results.rows if metric in row.metrics]
+
+
+def _located(row: Row) -> dict[str, Any]:
+    """The localisation as the template takes it: a line for each score, with its interval and what chance gives."""
+    (found,) = row.details["by_seed"].values()
+    scores = [(title, found["scores"][name]) for name, title in _LOCALISATION.items() if name in found["scores"]]
+    return {"n": found["n"], "how": found["description"], "scores": scores, "notes": left_out_notes([row])}
 
 
 def _mean(row: Row, name: str) -> str:
@@ -473,6 +501,7 @@ def _evaluations(results: Results, about: Mapping[str, Any]) -> list[EvalResult]
     names = {
         "deletion_auc": "Deletion AUC (%, lower is better)",
         "insertion_auc": "Insertion AUC (%, higher is better)",
+        **_LOCALISATION,
     }
     for row in measured:
         found += [
