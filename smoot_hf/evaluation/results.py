@@ -127,6 +127,10 @@ class Results:
             "rows": [row.to_dict() for row in self.rows],
         }
 
+    def rows_with(self, metric: str) -> list[Row]:
+        """The rows that hold a metric."""
+        return [row for row in self.rows if metric in row.metrics]
+
     def save(self, path: str | Path) -> None:
         """Write results.json.
 

@@ -220,10 +220,13 @@ def training_row(method: str, by_seed: Mapping[int, Run], histories: Mapping[Pat
 def comparison_table(results: Results, verdicts: Sequence[Verdict]) -> str:
     """The answer, the Markdown tables, and below them the differences between methods in words."""
     parts = ["\n".join(f"- {markdown_text(sentence)}" for sentence in conclusion(verdicts)) + "\n"]
-    for columns, rows in ((LOCALISATION_COLUMNS, _located(results)), (COLUMNS, _removed(results))):
+    for columns, rows in (
+        (LOCALISATION_COLUMNS, results.rows_with("outside_0.1")),
+        (COLUMNS, results.rows_with("deletion_auc")),
+    ):
         if rows:
             parts.append(replace(results, rows=rows).markdown_table(columns))
-    judged = _judged(results)
+    judged = results.rows_with("referee_gap")
     if judged:
         heads, *lines = [list(map(markdown_text, line)) for line in referee_table(judged)]
         table = [heads, ["---"] * len(heads), *lines]
@@ -254,22 +257,6 @@ def referee_note(rows: Sequence[Row]) -> str:
         "diagonal stands each method's own. Compare the numbers of one column: there the same models are asked. "
         f"Convention: {convention['description']}; n={rows[0].metrics['referee_gap'].n}."
     )
-
-
-def _located(results: Results) -> list[Row]:
-    return _rows_with(results, "outside_0.1")
-
-
-def _removed(results: Results) -> list[Row]:
-    return _rows_with(results, "deletion_auc")
-
-
-def _judged(results: Results) -> list[Row]:
-    return _rows_with(results, "referee_gap")
-
-
-def _rows_with(results: Results, metric: str) -> list[Row]:
-    return [row for row in results.rows if metric in row.metrics]
 
 
 def _sentences(results: Results) -> list[tuple[Row, str]]:
@@ -336,7 +323,7 @@ def write_method_report(
     settings = results.settings
     methods, seeds = ", ".join(settings["methods"]), ", ".join(map(str, settings["seeds"]))
     data = data_name(str(settings["dataset"]), settings["planted"])
-    located = _located(results)
+    located = results.rows_with("outside_0.1")
     introduction = [
         f"Image classifiers trained on {data} by {methods}, seeds {seeds}, evaluated on "
         f"{settings['test_images']} test images. Standard training uses cross-entropy alone; SGT masks the same number "
@@ -370,9 +357,9 @@ def write_method_report(
         str(settings["recipe"]), "The paper gives no AUC for this data set to stand beside these numbers."
     )
     tables = {"Saliency on the evidence": _table(located, LOCALISATION_COLUMNS)} if located else {}
-    removed = _table(_removed(results), COLUMNS)
+    removed = _table(results.rows_with("deletion_auc"), COLUMNS)
     tables["Removal of salient positions"] = removed + paragraphs([*left_out_notes(results.rows), paper])
-    judged = _judged(results)
+    judged = results.rows_with("referee_gap")
     if judged:
         heads, *lines = referee_table(judged)
         tables["Every map, judged by every method"] = html_table(heads, {"Gap (AUC)": lines}) + paragraphs(

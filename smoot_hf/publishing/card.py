@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
@@ -37,6 +37,7 @@ from ..models.logits import LogitsModel
 from ..models.state import untouched
 from .figures import draw_budget, draw_curves, draw_saliency
 from .files import FIGURE_NAMES, FIGURES
+from .metadata import COLUMNS, LOCALISATION, metadata
 
 logger = logging.get_logger(__name__)
 
@@ -329,21 +330,6 @@ def _no_examples(dataset: Any) -> str | None:
     return None
 
 
-_COLUMNS = {
-    "accuracy": "Accuracy (%)",
-    "deletion_auc": "Deletion AUC (%, lower is better)",
-    "random_auc": "The same in random order",
-    "insertion_auc": "Insertion AUC (%, higher is better)",
-    "gap": "Gap (higher is better)",
-}
-_LOCALISATION = {
-    "outside_0.1": "Top 10 % of the saliency outside the evidence (%, lower is better)",
-    "relevance_mass": "Relevance mass on the evidence (%, higher is better)",
-    "pointing_game": "Pointing game (%, higher is better)",
-    "roc_auc": "ROC AUC of the saliency against the evidence (%, higher is better)",
-}
-
-
 def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     """Everything below the metadata: the template `card.md`, filled in.
 
@@ -353,7 +339,7 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         figures: name -> path from the card.
     """
     first = results.rows[0]
-    measured, located = (_rows_with(results, name) for name in ("deletion_auc", "relevance_mass"))
+    measured, located = results.rows_with("deletion_auc"), results.rows_with("relevance_mass")
     settings = dict(results.settings)
     # The commit comes last, under a name that says of what it is.
     versions = {name: version for name, version in results.environment.items() if version is not None}
@@ -400,7 +386,7 @@ def _template() -> jinja2.Template:
 
 def _measured(rows: Sequence[Row]) -> dict[str, Any]:
     """The faithfulness measurements, one row for each convention, as the template takes them."""
-    columns = {name: title for name, title in _COLUMNS.items() if any(name in row.metrics for row in rows)}
+    columns = {name: title for name, title in COLUMNS.items() if any(name in row.metrics for row in rows)}
     by_seed = [list(row.details["by_seed"].values()) for row in rows]
     return {
         "image_counts": sorted({found["n"] for row in by_seed for found in row}),
@@ -419,14 +405,10 @@ def _measured(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _rows_with(results: Results, metric: str) -> list[Row]:
-    return [row for row in results.rows if metric in row.metrics]
-
-
 def _located(row: Row) -> dict[str, Any]:
     """The localisation as the template takes it: a line for each score, with its interval and what chance gives."""
     (found,) = row.details["by_seed"].values()
-    scores = [(title, found["scores"][name]) for name, title in _LOCALISATION.items() if name in found["scores"]]
+    scores = [(title, found["scores"][name]) for name, title in LOCALISATION.items() if name in found["scores"]]
     return {"n": found["n"], "how": found["description"], "scores": scores, "notes": left_out_notes([row])}
 
 
@@ -450,69 +432,3 @@ def _budget(first: Row) -> dict[str, Any] | None:
         "at_lowest": counts[0],
         "at_highest": counts[-1],
     }
-
-
-TAGS = ("smoot", "saliency", "interpretability", "image-classification")
-# Stated by the description as well, and in full in results.json.
-_NOT_IN_METADATA = ("fractions", "end_points")
-
-
-def metadata(results: Results, about: Mapping[str, Any], given: Mapping[str, Any], library: str) -> ModelCardData:
-    """The head of the card; `model-index` holds every metric but the loss, for the Hub's leaderboards."""
-    given_tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
-    tasks = [given["tasks"]] if isinstance(given.get("tasks"), str) else list(given.get("tasks") or [])
-    tags = list(dict.fromkeys([*TAGS, results.settings["method"], *given_tags, *tasks, "generated_from_trainer"]))
-    evaluations = _evaluations(results, about)
-    return ModelCardData(
-        model_name=about["name"],
-        library_name=library,
-        pipeline_tag="image-classification",
-        language=given.get("language"),
-        license=given.get("license"),
-        base_model=about["base_model_id"],
-        datasets=[about["dataset_id"]] if about["dataset_id"] else None,
-        tags=tags,
-        metrics=list(dict.fromkeys(result.metric_type for result in evaluations)) or None,
-        eval_results=evaluations or None,
-    )
-
-
-def _evaluations(results: Results, about: Mapping[str, Any]) -> list[EvalResult]:
-    if about["dataset"] is None:
-        logger.warning(
-            "the card's metadata have no results, for nobody said of which data set they are: pass dataset='name', and "
-            "dataset_tags='USER/NAME' where it is on the Hub, to push_to_hub or create_model_card"
-        )
-        return []
-    common = {
-        "task_type": "image-classification",
-        "task_name": "Image Classification",
-        "dataset_type": about["dataset_id"] or about["dataset"],
-        "dataset_name": about["dataset"],
-        "dataset_config": about["dataset_config"],
-        "dataset_revision": about["dataset_revision"],
-    }
-    first, *measured = results.rows
-    found = [
-        EvalResult(**common, metric_type=name, metric_name=name.replace("_", " ").capitalize(), metric_value=m.mean)
-        for name, m in first.metrics.items()
-        if m.unit == "as reported" and name != "loss"
-    ]
-    names = {
-        "deletion_auc": "Deletion AUC (%, lower is better)",
-        "insertion_auc": "Insertion AUC (%, higher is better)",
-        **_LOCALISATION,
-    }
-    for row in measured:
-        found += [
-            EvalResult(
-                **common,
-                metric_type=name,
-                metric_name=title,
-                metric_value=row.metrics[name].mean,
-                metric_args={k: v for k, v in (row.convention or {}).items() if k not in _NOT_IN_METADATA},
-            )
-            for name, title in names.items()
-            if name in row.metrics
-        ]
-    return found
