@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from smoot_hf.evaluation.results import Measurement, Results, Row
 from smoot_hf.experiments import report
 from smoot_hf.markup import figure_text, markdown_code, markdown_link, markdown_text, one_line
-from smoot_hf.publishing.card import card_text, metadata
+from smoot_hf.publishing.card import card_text
+from smoot_hf.publishing.metadata import metadata
 
 # Old releases of matplotlib warn of what their own dependencies will drop; its font lacks most of the world's letters.
 pytestmark = [
@@ -190,7 +191,7 @@ def test_a_name_is_text_in_the_report(tmp_path, name):
     def page(name):
         report.write_report(
             tmp_path / "report.html", title=name, introduction=[name], verdict=[name],
-            evidence=report.paragraphs([name]), table=report.html_table([name], {name: [[name]]}),
+            evidence=report.paragraphs([name]), tables={"Table": report.html_table([name], {name: [[name]]})},
             figures=[(name, name, picture)], results=Results("train", {name: {name: [name]}}, {"python": name}, []),
         )  # fmt: skip
         return Text((tmp_path / "report.html").read_text("utf-8"))

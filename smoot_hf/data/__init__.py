@@ -3,7 +3,7 @@
 from .dataset import load_image_dataset
 from .decoded_images import DecodedImages, decode_images
 from .input_pipeline import InputPipeline
-from .planted_evidence import PlantedImages, plant_splits, planted_digits
+from .planted_evidence import PlantedImages, plant_images, plant_splits, planted_digits
 
 __all__ = [
     "DecodedImages",
@@ -11,6 +11,7 @@ __all__ = [
     "PlantedImages",
     "decode_images",
     "load_image_dataset",
+    "plant_images",
     "plant_splits",
     "planted_digits",
 ]

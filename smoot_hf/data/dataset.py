@@ -22,7 +22,7 @@ from ..models.class_names import numbers_by_name
 
 logger = logging.getLogger(__name__)
 
-IMAGE, PIXELS, LABELS = "image", "pixel_values", "labels"
+IMAGE, PIXELS, LABELS, EVIDENCE = "image", "pixel_values", "labels", "evidence"
 
 
 def find_column(features: Features, feature_type: type, given: str | None, argument: str) -> str:

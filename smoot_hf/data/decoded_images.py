@@ -6,18 +6,18 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..fingerprint import dataset_fingerprint
-from .dataset import IMAGE, LABELS, PIXELS, number_as
+from .dataset import EVIDENCE, IMAGE, LABELS, PIXELS, number_as
 
 # What shows through where an image is transparent. Drawings on nothing are mostly dark, and on paper white.
 BACKGROUND = "white"
@@ -118,10 +118,23 @@ def decode_batch(
                 f"{_place(value, split, row)} is {array.shape}; {advice}"
             )
         arrays.append(array)
-    pixels = pa.array(np.stack(arrays).ravel())
-    for length in reversed(shape):
+    return _as_rows(np.stack(arrays), batch[LABELS])
+
+
+def _as_rows(images: np.ndarray, labels: Sequence[int]) -> pa.Table:
+    """uint8 (n, C, H, W) and their labels as the columns "pixel_values" and "labels"."""
+    pixels = pa.array(images.ravel())
+    for length in reversed(images.shape[1:]):
         pixels = pa.FixedSizeListArray.from_arrays(pixels, length)
-    return pa.table({PIXELS: pixels, LABELS: pa.array(batch[LABELS], type=pa.int64())})
+    return pa.table({PIXELS: pixels, LABELS: pa.array(labels, type=pa.int64())})
+
+
+def _features(shape: tuple[int, ...], labels: ClassLabel) -> Features:
+    """Of such rows; `shape` is (C, H, W)."""
+    channels, height, width = shape
+    return Features(
+        {PIXELS: List(List(List(Value("uint8"), length=width), length=height), length=channels), LABELS: labels}
+    )
 
 
 def _with_bytes(value: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +188,6 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
     decoding = Decoding(convert_rgb, image_size)
     shape = decode_image(undecoded[first][0][IMAGE], decoding, feature, first, 0).shape
     rows = max(1, _CHUNK_BYTES // math.prod(shape))
-    channels, height, width = shape
-    features = Features(
-        {PIXELS: List(List(List(Value("uint8"), length=width), length=height), length=channels), LABELS: labels}
-    )
     return DatasetDict(
         {
             name: split.map(
@@ -187,7 +196,7 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
                 with_indices=True,
                 batch_size=rows,
                 writer_batch_size=rows,
-                features=features,
+                features=_features(shape, labels),
                 remove_columns=[IMAGE],
                 fn_kwargs={"shape": shape, "decoding": decoding, "feature": feature, "split": name},
                 desc=f"Decoding {name} images",
@@ -205,17 +214,24 @@ class DecodedImages(torch.utils.data.Dataset):
 
     Args:
         dataset: one split of what `decode_images` gave; may be a selection of its rows.
+        evidence: bool (N, H, W), `True` where the label of each image can be read; `None` where nobody knows. With it
+            every row has the entry "evidence", which `evaluate_localisation` asks for.
 
     Raises:
-        ValueError: the columns are others, samples without a label (-1), or of a class that has no name.
+        ValueError: the columns are others, samples without a label (-1), or of a class that has no name; or evidence
+            of another type or shape.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, evidence: Tensor | None = None) -> None:
         if set(dataset.column_names) != {PIXELS, LABELS}:
             raise ValueError(f"expected the columns {PIXELS!r} and {LABELS!r} of decode_images: {dataset.column_names}")
         # Rows picked from all over are written together once, instead of looked up in every batch.
         self.dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        self.evidence = evidence
         self._open()
+        expected = len(self), *self.image_shape[1:]
+        if evidence is not None and (evidence.dtype != torch.bool or tuple(evidence.shape) != expected):
+            raise ValueError(f"evidence must be bool {expected}, got {evidence.dtype} {tuple(evidence.shape)}")
         if len(self._labels) and self._labels.min() < 0:
             raise ValueError("the data set has samples without a label (-1): it cannot be trained or evaluated on")
         if len(self._labels) and self._labels.max() >= len(self.label_names):
@@ -223,6 +239,22 @@ class DecodedImages(torch.utils.data.Dataset):
                 f"the data set has samples of class {self._labels.max()}, but only {len(self.label_names)} classes: "
                 "give all its splits the same class names"
             )
+
+    @classmethod
+    def of_tensors(
+        cls, pixel_values: Tensor, labels: Tensor, label_names: Sequence[str], evidence: Tensor | None = None
+    ) -> Self:
+        """The same of images that are in memory.
+
+        Args:
+            pixel_values: uint8 (N, C, H, W).
+            labels: int64 (N,).
+            label_names: name of every class.
+            evidence: as above.
+        """
+        features = _features(tuple(pixel_values.shape[1:]), ClassLabel(names=list(label_names)))
+        rows = _as_rows(pixel_values.numpy(), labels.tolist()).cast(features.arrow_schema)
+        return cls(Dataset(rows), evidence)
 
     def _open(self) -> None:
         """Views of the stored rows, one (n, C*H*W) array per piece; no copies."""
@@ -237,22 +269,22 @@ class DecodedImages(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A view would be pickled as the pixels themselves.
-        return {"dataset": self.dataset}
+        return {"dataset": self.dataset, "evidence": self.evidence}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.dataset = state["dataset"]
+        self.dataset, self.evidence = state["dataset"], state["evidence"]
         self._open()
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: "pixel_values" uint8 (C, H, W), "labels" int."""
-        batch = self.__getitems__([index])
-        return {PIXELS: batch[PIXELS][0], LABELS: int(batch[LABELS][0])}
+        """One sample: "pixel_values" uint8 (C, H, W), "labels" int; where it is known, "evidence" bool (H, W)."""
+        row = {name: values[0] for name, values in self.__getitems__([index]).items()}
+        return {**row, LABELS: int(row[LABELS])}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch: "pixel_values" uint8 (B, C, H, W), "labels" int64 (B,).
+        """A batch: "pixel_values" uint8 (B, C, H, W), "labels" int64 (B,); where it is known, "evidence" (B, H, W).
 
         Raises:
             IndexError: an index outside [-N, N).
@@ -271,13 +303,15 @@ class DecodedImages(torch.utils.data.Dataset):
             # "clip" writes straight into the batch; the rows lie within the piece anyway.
             self._pieces[piece].take(ascending[here] - self._starts[piece], axis=0, out=pixels[here], mode="clip")
         images = torch.from_numpy(pixels.take(order.argsort(), axis=0)).reshape(-1, *self.image_shape)
-        return {PIXELS: images, LABELS: torch.from_numpy(self._labels[rows])}
+        batch = {PIXELS: images, LABELS: torch.from_numpy(self._labels[rows])}
+        return batch if self.evidence is None else {**batch, EVIDENCE: self.evidence[torch.from_numpy(rows)]}
 
     @staticmethod
     def collate(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The collator: a batch of `__getitems__` as it is, a list of samples stacked."""
+        """The collator: a batch of `__getitems__` as it is, a list of samples stacked; without "evidence"."""
         if isinstance(batch, dict):
-            return batch
+            # No model takes it.
+            return {name: values for name, values in batch.items() if name != EVIDENCE}
         images = torch.stack([sample[PIXELS] for sample in batch])
         return {PIXELS: images, LABELS: torch.tensor([sample[LABELS] for sample in batch], dtype=torch.int64)}
 

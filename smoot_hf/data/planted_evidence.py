@@ -278,6 +278,31 @@ def plant_splits(
     return planted
 
 
+def plant_images(
+    name: Literal["block", "block-fixed", "decoy"], images: Mapping[str, DecodedImages], *, seed: int = 0
+) -> dict[str, DecodedImages]:
+    """A planted set made of decoded images, for all that takes these: the rows gain the evidence, the classes stay.
+
+    All images are held in memory, as small ones can be. `pair` and `on-photo` need a second set: see `plant_splits`.
+
+    Args:
+        name: of the set.
+        images: "train" and "test".
+        seed: as in `plant_splits`.
+
+    Returns:
+        "train" and "test".
+
+    Raises:
+        ValueError: a set that needs more than these images, or images below 4x4 pixels.
+    """
+    planted = plant_splits(name, {split: _pixels_of(rows) for split, rows in images.items()}, seed=seed)
+    return {
+        split: DecodedImages.of_tensors(found.pixel_values, found.labels, images[split].label_names, found.evidence)
+        for split, found in planted.items()
+    }
+
+
 def planted_digits(
     name: PlantedSet, *, seed: int = 0, labelled: Literal["first", "second"] = "first"
 ) -> dict[str, PlantedImages]:
@@ -299,11 +324,7 @@ def planted_digits(
         ImportError: scikit-learn is not installed.
     """
     decoded = decode_images(load_image_dataset("digits"))
-    splits = {}
-    for split in ("train", "test"):
-        rows = DecodedImages(decoded[split])
-        batch = rows.__getitems__(range(len(rows)))
-        splits[split] = batch["pixel_values"], batch["labels"]
+    splits = {split: _pixels_of(DecodedImages(rows)) for split, rows in decoded.items()}
     others = photos = None
     if name == "pair":
         others = {split: (255 - pixels, labels) for split, (pixels, labels) in splits.items()}
@@ -314,6 +335,11 @@ def planted_digits(
             for number, (split, count) in enumerate(counts.items())
         }
     return plant_splits(name, splits, seed=seed, others=others, photos=photos, labelled=labelled)
+
+
+def _pixels_of(images: DecodedImages) -> LabelledPixels:
+    batch = images.__getitems__(range(len(images)))
+    return batch["pixel_values"], batch["labels"]
 
 
 def _check(pixels: Tensor, labels: Tensor) -> None:

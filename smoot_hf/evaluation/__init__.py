@@ -9,6 +9,7 @@ from .intervals import mean_interval
 from .localisation import Localisation, compare_localisation, evaluate_localisation, on_shared_images
 from .metrics import metric_path
 from .ranked_batches import NothingToMeasureError
+from .referee import RefereeMatrix, referee_matrix
 from .results import Measurement, Results, Row, load_results
 from .sanity_check import WeightRandomization, randomized_weights_correlation
 
@@ -21,6 +22,7 @@ __all__ = [
     "Measurement",
     "NothingToMeasureError",
     "PairedDifference",
+    "RefereeMatrix",
     "Results",
     "Row",
     "WeightRandomization",
@@ -35,4 +37,5 @@ __all__ = [
     "metric_path",
     "on_shared_images",
     "randomized_weights_correlation",
+    "referee_matrix",
 ]

@@ -5,24 +5,25 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .faithfulness import Faithfulness
 from .intervals import mean_interval
 
-Compared = Literal["deletion", "insertion", "least_salient_first"]
+Compared = Literal["deletion", "insertion", "least_salient_first", "gap"]
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Area of the first minus area of the second, in percent.
+    """What was measured of the first minus that of the second, in percent.
 
     Attributes:
         difference: mean over the images; for deletion, negative means that the first is better.
         interval: its 95 % interval over the images, see `intervals.mean_interval`; `None` for a single image and where
             all differences are the same. One that excludes zero says that these two checkpoints differ on such images,
             not that their training methods do: that takes seeds.
-        lower: share of the images, in percent, on which the first has the smaller area.
-        higher: the same for the larger area; the rest are ties.
+        lower: share of the images, in percent, on which the first has the smaller value.
+        higher: the same for the larger value; the rest are ties.
         n: images that both measured.
     """
 
@@ -42,7 +43,7 @@ def compare_faithfulness(a: Faithfulness, b: Faithfulness, curve: Compared = "de
     Args:
         a: the first.
         b: the second, measured by the same convention on the same data set.
-        curve: whose areas are compared.
+        curve: whose areas are compared; `"gap"`: area of least salient first minus area of most salient first.
 
     Returns:
         The mean difference a - b with its interval.
@@ -57,23 +58,28 @@ def compare_faithfulness(a: Faithfulness, b: Faithfulness, curve: Compared = "de
             f"'{b.convention.describe()}'"
         )
     _check_images(a, b)
-    areas = []
-    for name, measured in (("a", a), ("b", b)):
-        found = getattr(measured, curve, None)
-        if found is None:
-            raise ValueError(f"{name} holds no curve {curve!r}: measure it, or compare another")
-        areas.append(found.sample_auc)
+    areas = [_areas(name, measured, curve) for name, measured in (("a", a), ("b", b))]
+    largest = 2 * a.largest_auc if curve == "gap" else a.largest_auc
     _, rows_a, rows_b = np.intersect1d(a.sample_idx.numpy(), b.sample_idx.numpy(), return_indices=True)
     if len(rows_a) == 0:
         raise ValueError("a and b have no image in common: measure them on the same data set")
     difference = areas[0][rows_a] - areas[1][rows_b]
     return PairedDifference(
         difference=float(difference.mean()),
-        interval=mean_interval(difference, (-a.largest_auc, a.largest_auc)),
+        interval=mean_interval(difference, (-largest, largest)),
         lower=100 * float((difference < 0).double().mean()),
         higher=100 * float((difference > 0).double().mean()),
         n=len(difference),
     )
+
+
+def _areas(name: str, measured: Faithfulness, curve: Compared) -> Tensor:
+    """(n,), one per image."""
+    found = measured.least_salient_first if curve == "gap" else getattr(measured, curve, None)
+    if found is None:
+        needed = " (of least salient first)" if curve == "gap" else ""
+        raise ValueError(f"{name} holds no curve {curve!r}{needed}: measure it, or compare another")
+    return found.sample_auc - measured.deletion.sample_auc if curve == "gap" else found.sample_auc
 
 
 def _check_images(a: Faithfulness, b: Faithfulness) -> None:

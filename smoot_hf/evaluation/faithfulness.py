@@ -202,6 +202,7 @@ def evaluate_faithfulness(
     convention: Convention | Literal["default", "paper"] = "default",
     cell: int | None = None,
     curves: Sequence[FurtherCurve] = ALL_CURVES,
+    ranked_by: nn.Module | None = None,
     input_pipeline: Any = None,
     data_collator: Collator | None = None,
     label_name: str | None = None,
@@ -230,6 +231,8 @@ def evaluate_faithfulness(
             over each; 16 removes the patches of a ViT/16. Fractions are of cells then. At most the shorter side of the
             images. Default: as the convention says, 1, which removes single pixels.
         curves: what to measure beside deletion.
+        ranked_by: another model, whose attributions order the positions that `model` loses, see `referee_matrix`. It
+            takes the same images, on the same device and in the same precision. `None`: the model's own.
         input_pipeline: normalises uint8 pixels and resizes after the mask, which acts at native resolution; `None`
             where the data come normalised and at the model's size.
         data_collator: makes a batch of a list of rows, as the one of a `Trainer` does: a dict with `pixel_values`
@@ -256,10 +259,11 @@ def evaluate_faithfulness(
     unknown = set(curves) - set(ALL_CURVES)
     if unknown:
         raise ValueError(f"curves must be among {ALL_CURVES}, got {sorted(unknown)}")
-    scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
+    resize = input_pipeline and input_pipeline.resize
+    scorer, ranker = LogitsModel(model, resize), None if ranked_by is None else LogitsModel(ranked_by, resize)
     parts: list[dict[str, Tensor]] = []
     positions, identity = 0, ImageIdentity(dataset)
-    with untouched(model), autocast(model_device(model), autocast_dtype):
+    with untouched(model), untouched(ranked_by or model), autocast(model_device(model), autocast_dtype):
         for batch in data_batches(
             dataset,
             model,
@@ -269,7 +273,7 @@ def evaluate_faithfulness(
             batch_size=batch_size,
             identity=identity,
         ):
-            ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
+            ranked = rank_batch(scorer, batch, own, convention, seed, batch_size, ranker)
             parts.append(_measure(scorer, ranked, convention, curves, batch_size, seed))
             positions = ranked.positions
     return _collect(parts, convention, positions, seed, identity.fingerprint)

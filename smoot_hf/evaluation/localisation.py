@@ -25,7 +25,7 @@ from ..functional.localisation import (
 )
 from ..functional.perturbation import measure_outputs
 from ..models.logits import LogitsModel
-from ..models.state import untouched
+from ..models.state import model_device, untouched
 from .attributions import Method
 from .comparison import PairedDifference
 from .convention import resolve_convention
@@ -33,8 +33,10 @@ from .image_identity import ImageIdentity
 from .intervals import mean_interval
 from .ranked_batches import (
     AttributionFunction,
+    Collator,
     NothingToMeasureError,
     RankedBatch,
+    autocast,
     check_dataset,
     data_batches,
     rank_batch,
@@ -167,7 +169,10 @@ def evaluate_localisation(
     top: Sequence[float] = (0.025, 0.1, 0.3),
     only_correct: bool = True,
     input_pipeline: Any = None,
+    data_collator: Collator | None = None,
+    label_name: str | None = None,
     batch_size: int = 256,
+    autocast_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Localisation:
     """Measure where a model's attributions of the label lie, against the evidence that the data set marks.
@@ -188,7 +193,11 @@ def evaluate_localisation(
             answer would lie. `compare_localisation` and `on_shared_images` go on to those that all models get right.
         input_pipeline: normalises uint8 pixels and resizes after the attribution's leaf, which lives at native
             resolution; `None` where the data come normalised and at the model's size.
+        data_collator: makes a batch of a list of rows, as in `evaluate_faithfulness`; the evidence is taken from the
+            rows themselves. `None`: the rows are stacked.
+        label_name: key of the labels; `None`: `labels` or `label`.
         batch_size: images per forward pass.
+        autocast_dtype: for example `torch.bfloat16`; `None` runs in the model's own precision.
         seed: of the random maps and the noise of attributions.
 
     Returns:
@@ -208,9 +217,15 @@ def evaluate_localisation(
     scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
     marked, identity, image_size = _WithEvidence(dataset, evidence), ImageIdentity(dataset), (0, 0)
     parts: list[dict[str, Tensor]] = []
-    with untouched(model):
+    with untouched(model), autocast(model_device(model), autocast_dtype):
         for batch in data_batches(
-            marked, model, input_pipeline=input_pipeline, batch_size=batch_size, identity=identity
+            marked,
+            model,
+            input_pipeline=input_pipeline,
+            data_collator=data_collator,
+            label_name=label_name,
+            batch_size=batch_size,
+            identity=identity,
         ):
             ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
             mask = marked.last_evidence.to(ranked.attribution.device)

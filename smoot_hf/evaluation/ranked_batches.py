@@ -341,8 +341,11 @@ def rank_batch(
     convention: Convention,
     seed: int,
     batch_size: int,
+    ranker: LogitsModel | None = None,
 ) -> RankedBatch:
     """Clean outputs, the class that is followed, the attribution and the fill of a batch.
+
+    The attribution is that of `ranker` where one is given, else the model's own.
 
     Raises:
         ValueError: a label that is no class of the model, a model without logits, cells that do not fit into the
@@ -350,7 +353,7 @@ def rank_batch(
             gradient to be made of.
     """
     cell_grid(batch.images.shape[2:], convention.cell)
-    by_gradient = attribution is None and convention.attribution == "gradient"
+    by_gradient = attribution is None and convention.attribution == "gradient" and ranker is None
     score, signed = convention.score or "logit", bool(convention.signed)
     images = batch.images.detach().requires_grad_(by_gradient)
     with torch.set_grad_enabled(by_gradient):
@@ -369,7 +372,7 @@ def rank_batch(
         values = random_map(seed, batch.sample_idx, batch.images.shape[2:], convention.cell)
     elif attribution is None:
         values = attribute(
-            model,
+            ranker or model,
             batch.images,
             target,
             batch.sample_idx,
@@ -380,7 +383,7 @@ def rank_batch(
             batch_size=batch_size,
         )
     else:
-        values = attribution(model, batch.images, target)
+        values = attribution(ranker or model, batch.images, target)
         if not isinstance(values, Tensor):
             raise ValueError(f"attribution must return a tensor (B, H, W), got a {type(values).__name__}")
         values = values.detach()

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..markup import markdown_text
 from .faithfulness import Faithfulness
+from .localisation import Localisation
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,7 @@ SCHEMA_VERSION = 1
 _DEEPEST = 50
 # What the details count.
 _COUNTS = {"n", "images", "undefined", "nan_skipped", "flat_skipped", "predictions", "nan_predictions"}
+_COUNTS |= {"incorrect", "unmarked", "flat"}
 
 _TOP = {"schema_version": int, "task": str, "settings": dict, "environment": dict, "rows": list}
 _ROW = {"name": str, "convention": dict | None, "metrics": dict, "details": dict}
@@ -125,6 +127,10 @@ class Results:
             "rows": [row.to_dict() for row in self.rows],
         }
 
+    def rows_with(self, metric: str) -> list[Row]:
+        """The rows that hold a metric."""
+        return [row for row in self.rows if metric in row.metrics]
+
     def save(self, path: str | Path) -> None:
         """Write results.json.
 
@@ -188,6 +194,26 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
     return Row(name, metrics, conventions.pop().to_dict(), {"by_seed": details})
 
 
+def localisation_row(name: str, by_seed: Mapping[int, Localisation]) -> Row:
+    """One line from one method's measurements of localisation, one per seed, all made in the same way.
+
+    The metrics are `accuracy` and the names of `Localisation.scores`; intervals, chance levels, random maps and counts
+    stand in the details, by seed.
+
+    Raises:
+        ValueError: no measurement, or several ways of measuring or data sets.
+    """
+    ways = {(measured.description, measured.dataset_fingerprint) for measured in by_seed.values()}
+    if len(ways) != 1:
+        raise ValueError(f"row {name!r} must be measured in one way on one data set, got {sorted(ways)}")
+    first = next(iter(by_seed.values()))
+    metrics = {"accuracy": Measurement({seed: measured.accuracy for seed, measured in by_seed.items()})}
+    for score in first.scores:
+        metrics[score] = Measurement({seed: measured.scores[score].value for seed, measured in by_seed.items()})
+    details = {str(seed): measured.to_dict() for seed, measured in by_seed.items()}
+    return Row(name, metrics, {"description": first.description}, {"by_seed": details})
+
+
 def left_out_notes(rows: Sequence[Row]) -> list[str]:
     """A sentence for everything that was left out of a number or counted as wrong.
 
@@ -217,13 +243,22 @@ def _measurements(row: Row) -> list[tuple[str, Mapping[str, Any]]]:
     return by_seed + [("", row.details[name]) for name in ("image_classes", "random_weights") if name in row.details]
 
 
+_LEFT_OUT = {
+    "nan_skipped": "attribution holds a NaN",
+    "flat_skipped": "attribution has one value at all positions",
+    "unmarked": "evidence is nothing or the whole image",
+}
+
+
 def _sentences(found: Mapping[str, Any]) -> list[str]:
     sentences = []
-    for count, reason in (("nan_skipped", "holds a NaN"), ("flat_skipped", "has one value at all positions")):
+    for count, reason in _LEFT_OUT.items():
         if found.get(count):
-            sentences.append(
-                f"{found[count]} images left out, whose attribution {reason}; {found.get('n', '?')} measured."
-            )
+            sentences.append(f"{found[count]} images left out, whose {reason}; {found.get('n', '?')} measured.")
+    if found.get("flat"):
+        sentences.append(
+            f"{found['flat']} images measured at chance level, whose attribution has one value throughout."
+        )
     if found.get("nan_predictions"):
         sentences.append(
             f"{found['nan_predictions']} of {found.get('predictions', '?')} predictions hold a NaN or an infinity, and "

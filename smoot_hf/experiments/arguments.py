@@ -42,7 +42,8 @@ def parse(parser: RecipeParser, argv: list[str]) -> tuple[SmootTrainingArguments
     """Read flags and configuration file; exits with one line where they are wrong."""
     given, known = flags.expand_flags(parser, argv)
     if known.output_dir is None:
-        dataset, model = Path(known.dataset).name, Path(known.model).name
+        dataset = Path(flags.data_name(known.dataset, known.planted)).name
+        model = Path(known.model).name
         # Runs that differ in their seed alone have folders of their own; the usual seed needs no mention.
         seed = "" if known.seed == parser.get_default("seed") else f"-seed{known.seed}"
         given += ["--output_dir", f"runs/{dataset}-{model}-{known.method}{seed}"]

@@ -16,7 +16,7 @@ from ..training.checkpoint_folder import newest_whole_checkpoint
 from ..training.mask_budget_file import MASK_BUDGET_NAME
 from .flags import METHODS, RecipeArguments
 from .run import RECORD_NAME, RunRecord
-from .training_run import decode, limit, load_splits
+from .training_run import load_images
 
 
 class Checkpoint(NamedTuple):
@@ -96,8 +96,8 @@ def recorded_images(run: Path, split: str, dataset: str | None = None) -> Decode
         raise ValueError(f"{run} has no {RECORD_NAME} that says what it was trained on: give --dataset")
     recorded = RecipeArguments(**{name: settings[name] for name in vars(RecipeArguments()) if name in settings})
     # Of the training images one says the size of all; the others are decoded only where they are asked for.
-    splits = limit(load_splits(recorded, dataset), {"train": 1 if split == "test" else recorded.max_train_samples})
-    return DecodedImages(decode(splits, recorded)[split])
+    sizes = {"train": 1 if split == "test" else recorded.max_train_samples}
+    return load_images(recorded, dataset, sizes)[split]
 
 
 def _check_fit(name: str, model: Any, pipeline: InputPipeline, test: DecodedImages) -> None:

@@ -11,24 +11,34 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ..data.decoded_images import DecodedImages
-from ..evaluation import Convention, Faithfulness, evaluate_faithfulness
+from ..evaluation import Convention, Faithfulness, Localisation, evaluate_faithfulness, evaluate_localisation
 from ..evaluation.attributions import Method
 from ..evaluation.convention import resolve_convention
 from ..evaluation.faithfulness import Curve
 from ..evaluation.image_classes import ImageClasses, find_image_classes
-from ..evaluation.results import Measurement, Results, Row, describe_environment, faithfulness_row, left_out_notes
+from ..evaluation.localisation import Score
+from ..evaluation.results import (
+    Measurement,
+    Results,
+    Row,
+    describe_environment,
+    faithfulness_row,
+    left_out_notes,
+    localisation_row,
+)
 from ..evaluation.sanity_check import WeightRandomization, randomized_weights_correlation
 from ..functional.removal import Fill
 from .checkpoint import Checkpoint
 from .figures import Example, draw_curves, draw_image_classes, try_to_draw
 from .run import write_whole
-from .training_run import decode, limit, load_splits
+from .training_run import load_images
 
 # What a file may hold beside tensors and plain values; anything else in it is refused, and none of its code runs.
-_CLASSES = [Convention, Curve, Faithfulness, ImageClasses, WeightRandomization]
+_CLASSES = [Convention, Curve, Faithfulness, ImageClasses, Localisation, Score, WeightRandomization]
 
 COLUMNS = {
     "accuracy": "Accuracy",
@@ -44,6 +54,15 @@ CLASS_COLUMNS = {
     "early_peaks": "of class II, peak before 50 % masked (%)",
     "recovered": "wrong, right when masked (%)",
     "random_weights": "Rank correlation with random weights",
+}
+LOCALISATION_COLUMNS = {
+    "outside_0.025": "Top 2.5 % outside the evidence (lower is better)",
+    "outside_0.1": "Top 10 % outside",
+    "outside_0.3": "Top 30 % outside",
+    "relevance_mass": "Relevance mass on the evidence (higher is better)",
+    "rank_accuracy": "Rank accuracy (higher is better)",
+    "pointing_game": "Pointing game (higher is better)",
+    "roc_auc": "ROC AUC (higher is better)",
 }
 # metric -> its curve in the details of a row
 _CURVES = {"deletion_auc": "deletion", "random_auc": "random", "insertion_auc": "insertion"}
@@ -143,12 +162,14 @@ class Found(NamedTuple):
         classes: attribution -> image classes, by the first fill.
         checks: attribution -> its maps beside those of random weights.
         control: the image classes of a random order, by the first fill.
+        localisation: attribution -> where its maps lie; empty where the images do not say where their evidence is.
     """
 
     curves: list[Faithfulness]
     classes: dict[str, ImageClasses]
     checks: dict[str, WeightRandomization]
     control: ImageClasses
+    localisation: dict[str, Localisation]
 
 
 def choose_device() -> str:
@@ -158,8 +179,7 @@ def choose_device() -> str:
 
 def load_test_images(options: argparse.Namespace) -> DecodedImages:
     """The decoded images of the held-out split; of the training images one is decoded, which says the size of all."""
-    splits = limit(load_splits(options, options.dataset), {"train": 1, "test": options.max_eval_samples})
-    return DecodedImages(decode(splits, options)["test"])
+    return load_images(options, options.dataset, {"train": 1, "test": options.max_eval_samples})["test"]
 
 
 def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Namespace, output: Path) -> Results:
@@ -168,14 +188,16 @@ def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Name
     found = measure(checkpoint, test, options, environment, output / "measurements")
     rows = [faithfulness_row(one.convention.attribution, {options.seed: one}) for one in found.curves]
     class_rows = [class_row(found, attribution, options.seed) for attribution in options.attribution]
+    located = [localisation_row(name, {options.seed: one}) for name, one in found.localisation.items()]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    results = Results("evaluate_faithfulness", settings, environment, [*rows, *class_rows])
+    results = Results("evaluate_faithfulness", settings, environment, [*rows, *located, *class_rows])
     results.save(output / "results.json")
     parts = [
         Results("", {}, {}, part).markdown_table(columns, cell=cell)
-        for part, columns in ((rows, COLUMNS), (class_rows, CLASS_COLUMNS))
+        for part, columns in ((rows, COLUMNS), (located, LOCALISATION_COLUMNS), (class_rows, CLASS_COLUMNS))
+        if part
     ]
-    table = "\n".join([*parts, *(f"- {note}" for note in left_out_notes([*rows, *class_rows]))])
+    table = "\n".join([*parts, *(f"- {note}" for note in left_out_notes(results.rows))])
     write_whole(output / "table.md", table + "\n")
     print(f"\n{table}\nwritten to {output}: results.json and table.md", flush=True)
     drawn = draw(found, test, options.seed, output)
@@ -187,7 +209,8 @@ def cell(row: Row, metric: str) -> str:
     """The value and, where there is one, its interval over the images; one seed, so that n = 1 goes without saying."""
     ((seed, value),) = row.metrics[metric].values.items()
     found = row.details.get("by_seed", {}).get(str(seed), {})
-    interval = found.get("gap_interval") if metric == "gap" else found.get(_CURVES.get(metric), {}).get("interval")
+    part = found.get("scores", {}).get(metric) or found.get(_CURVES.get(metric), {})
+    interval = found.get("gap_interval") if metric == "gap" else part.get("interval")
     return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
@@ -235,9 +258,16 @@ class Measuring:
         make = partial(find_image_classes, self.model, self.test, convention=convention, **self.common)
         return self._get("image_classes", convention, convention.to_dict(), make, ImageClasses)
 
+    def localisation(self, convention: Convention) -> Localisation:
+        """Where the maps of an attribution lie."""
+        # Nothing is removed, and the map is that of the library's own convention.
+        how: dict[str, Any] = {"attribution": convention.attribution}
+        make = partial(evaluate_localisation, self.model, self.test, **how, **self.common)
+        return self._get("localisation", convention, how, make, Localisation)
+
     def random_weights(self, convention: Convention) -> WeightRandomization:
         """The maps beside those of the same network with random weights, on the first images."""
-        some = DecodedImages(self.test.dataset.select(range(min(len(self.test), _SANITY_IMAGES))))
+        some = Subset(self.test, range(min(len(self.test), _SANITY_IMAGES)))
         # Nothing is removed, so the fill does not matter.
         how: dict[str, Any] = {
             "attribution": convention.attribution,
@@ -276,16 +306,19 @@ def measure(
 ) -> Found:
     """Everything that the command line asks for, one measurement after the other."""
     identity = {**identify(checkpoint, test), "environment": environment, "bf16": options.bf16, "seed": options.seed}
-    count = 1 + len(options.attribution) * (len(options.fill) + 2)
+    has_evidence = test.evidence is not None
+    count = 1 + len(options.attribution) * (len(options.fill) + 2 + has_evidence)
     # `disable=None`: no bar where nobody watches.
     with tqdm(total=count, desc="Measuring", unit="measurement", disable=None) as bar:
         measuring = Measuring(checkpoint, test, options, SavedMeasurements(folder, identity), bar)
         first = {name: measuring.convention(name, options.fill[0]) for name in ("random", *options.attribution)}
-        found = Found([], {}, {}, measuring.image_classes(first["random"]))
+        found = Found([], {}, {}, measuring.image_classes(first["random"]), {})
         for attribution in options.attribution:
             for fill in options.fill:
                 found.curves.append(measuring.curves(measuring.convention(attribution, fill)))
             found.classes[attribution] = measuring.image_classes(first[attribution])
+            if has_evidence:
+                found.localisation[attribution] = measuring.localisation(first[attribution])
             found.checks[attribution] = measuring.random_weights(first[attribution])
     return found
 

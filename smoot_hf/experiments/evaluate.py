@@ -18,6 +18,8 @@ the table and in results.json):
   random order    the same model and fill, positions replaced in random order: the control.
   insertion AUC   positions put back into the fill, highest first. Higher is better.
   gap             AUC of least salient first minus AUC. Higher is better; a random ranking has 0.
+  localisation    with --planted, where it is known where the evidence lies: how much of the saliency lies there, over
+                  the images that are classified correctly. Nothing is removed for it.
   class II        images that masking salient positions helps (the paper's Figure 1): the label's probability rises
                   by more than one percentage point above that of the whole image, and above that of no evidence: of
                   the fill alone, or one over the number of classes. How many of those peak before half is masked;
@@ -59,6 +61,7 @@ ATTRIBUTIONS = (
     "deep_lift",
     "random",
 )
+PLANTED = ("plain", "block", "block-fixed", "decoy")
 FILLS = ("corner", "mean", "zero", "uniform", "blur")
 
 
@@ -102,6 +105,7 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--label_column", help="Column of the labels, where it is ambiguous.")
     parser.add_argument("--convert_rgb", action="store_true", help="Three channels for grey images.")
     parser.add_argument("--image_size", type=int, help="Resize and crop to a square of this side, as in training.")
+    parser.add_argument("--planted", choices=PLANTED, default="plain", help="Plant evidence, as in training.")
     parser.add_argument("--train_split", default="train", help="Split that the model was trained on (default: train).")
     parser.add_argument("--eval_split", help="Split to evaluate on (default: as smoot-hf train).")
     parser.add_argument("--device", help="Where to compute (default: cuda where there is one, else cpu).")

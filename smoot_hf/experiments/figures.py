@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -135,7 +136,12 @@ def _area(curves: Sequence[Curve]) -> str:
 
 
 def draw_saliency_grid(
-    images: Tensor, labels: Sequence[str], maps: Mapping[str, Tensor], seed: int, path: Path
+    images: Tensor,
+    labels: Sequence[str],
+    maps: Mapping[str, Tensor],
+    seed: int,
+    path: Path,
+    evidence: Tensor | None = None,
 ) -> None:
     """The same test images, and below each the saliency of every method.
 
@@ -145,9 +151,10 @@ def draw_saliency_grid(
         maps: method -> (n, H, W), at least 0; each map is drawn as a share of its own maximum.
         seed: of the models.
         path: of the figure.
+        evidence: bool (n, H, W), outlined in every picture; `None` where nobody knows it.
     """
-    count = len(images)
-    figure = Figure(figsize=(WIDTH, WIDTH / (count + 1.6) * (1 + len(maps)) + 0.5))
+    count, side = len(images), images.shape[1] / images.shape[2]
+    figure = Figure(figsize=(WIDTH, side * WIDTH / (count + 1.6) * (1 + len(maps)) + 0.5))
     # Not squeezed: a data set may have a single class.
     grid = figure.subplots(1 + len(maps), count, squeeze=False)
     for column in range(count):
@@ -161,9 +168,24 @@ def draw_saliency_grid(
         row[0].set_ylabel(figure_text(name, _LONGEST_LINE), fontsize=11, color=STYLE.get(name, ("black",))[0])
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
+    for column, mask in enumerate(() if evidence is None else evidence):
+        for axes in grid[:, column]:
+            axes.add_collection(_outline(mask))
     figure.colorbar(shown, ax=grid.ravel().tolist(), label="share of the map's maximum", fraction=0.03, pad=0.015)
-    figure.suptitle(f"Test images and their saliency (magnitude of the label's gradient), seed {seed}", fontsize=10)
+    outlined = "" if evidence is None else ", the evidence outlined"
+    title = f"Test images and their saliency (magnitude of the label's gradient), seed {seed}{outlined}"
+    figure.suptitle(title, fontsize=10)
     _save(figure, path, tight=False)
+
+
+def _outline(mask: Tensor) -> LineCollection:
+    """The edges between the pixels of a mask, bool (H, W), and the others, for a picture that `imshow` draws."""
+    padded = np.pad(mask.numpy(), 1)
+    low, left = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
+    top, right = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])
+    level = [((x - 0.5, y - 0.5), (x + 0.5, y - 0.5)) for y, x in zip(low, left, strict=True)]
+    upright = [((x - 0.5, y - 0.5), (x - 0.5, y + 0.5)) for y, x in zip(top, right, strict=True)]
+    return LineCollection([*level, *upright], colors="#56B4E9", linewidths=1.8, clip_on=False)
 
 
 def draw_budgets(histories: Mapping[str, BudgetHistory], path: Path) -> None:

@@ -80,6 +80,14 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Split to evaluate on (default: the first of test, validation, valid, val with labels)."},
     )
+    planted: Literal["plain", "block", "block-fixed", "decoy"] = field(
+        default="plain",
+        metadata={
+            "help": "Plant evidence whose place is known, for small images: each above or below a block that says "
+            "nothing (block), always above it (block-fixed), or with a corner patch that leaks the label in training "
+            "(decoy). plain: do not."
+        },
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many images, drawn at random, always the same ones."}
     )
@@ -98,6 +106,17 @@ class RecipeArguments:
         default=0, metadata={"help": "Augmentation: random crops after padding each side by this many black pixels."}
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the images."})
+
+    @property
+    def data_name(self) -> str:
+        """What the images are called: of a path its last part alone, with the planted set, as in "digits-block"."""
+        return data_name(self.dataset, self.planted)
+
+
+def data_name(dataset: str, planted: str) -> str:
+    """See `RecipeArguments.data_name`; the whole of a Hub id."""
+    name = Path(dataset).name if Path(dataset).is_dir() else dataset
+    return name if planted == "plain" else f"{name}-{planted}"
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -4,15 +4,29 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.decoded_images import DecodedImages
-from ..evaluation import Convention, Faithfulness, evaluate_faithfulness
+from ..evaluation import (
+    Convention,
+    Faithfulness,
+    Localisation,
+    RefereeMatrix,
+    Results,
+    compare_faithfulness,
+    compare_localisation,
+    evaluate_faithfulness,
+    evaluate_localisation,
+    on_shared_images,
+    referee_matrix,
+)
 from ..evaluation.attributions import attribute
+from ..evaluation.comparison import Compared
 from ..evaluation.convention import DEFAULT, PAPER, resolve_convention
+from ..evaluation.results import describe_environment
 from ..fingerprint import fingerprints_differ
 from ..functional.removal import Fill
 from ..models.logits import LogitsModel
@@ -23,12 +37,24 @@ from .checkpoint import load_checkpoint
 from .figures import Measured, draw_budgets, draw_curves, draw_saliency_grid, try_to_draw
 from .flags import METHODS, RecipeArguments
 from .recipes import RECIPES
-from .report import comparison_results, comparison_table, write_method_report
+from .report import (
+    LOCALISATION_COLUMNS,
+    comparison_table,
+    localisation_rows,
+    referee_rows,
+    removal_rows,
+    training_row,
+    write_method_report,
+)
 from .run import RECORD_NAME, BudgetHistory, Run, RunRecord, difference, settings_of, write_whole
 from .training_run import make_trainer, prepare, train
-from .verdict import judge
+from .verdict import Verdict, judge
 
 FILLS: tuple[Fill, ...] = ("corner", "mean")
+# How the methods judge each other's maps.
+REFEREE = resolve_convention(DEFAULT, fill=FILLS[0])
+# What the methods are compared by where positions are removed: metric -> argument of `compare_faithfulness`.
+REMOVAL: dict[str, Compared] = {"gap": "gap", "deletion_auc": "deletion"}
 _GRID_IMAGES = 8
 
 # method -> seed -> run
@@ -135,6 +161,22 @@ def train_missing(plans: Sequence[Plan]) -> list[Run]:
     return read_runs([Path(args.output_dir) for args, _ in plans]) if plans[0].args.process_index == 0 else []
 
 
+class Found(NamedTuple):
+    """Everything that was measured.
+
+    Attributes:
+        panels: convention -> method -> seed -> removal.
+        localisation: method -> seed -> localisation, over the images that all methods of a seed classify correctly;
+            empty where the test images do not say where their evidence is.
+        referees: seed -> the maps of every method judged by every method; of the seeds that all methods have, and
+            empty for a single method.
+    """
+
+    panels: dict[Convention, dict[str, dict[int, Faithfulness]]]
+    localisation: dict[str, dict[int, Localisation]]
+    referees: dict[int, RefereeMatrix]
+
+
 def compare(runs: Sequence[Run], test: DecodedImages, plan: Plan, recipe_name: str, output: Path) -> Path:
     """Evaluate all runs and write everything; returns the report."""
     output.mkdir(parents=True, exist_ok=True)
@@ -144,50 +186,76 @@ def compare(runs: Sequence[Run], test: DecodedImages, plan: Plan, recipe_name: s
         for method in METHODS
         if any(run.record.method == method for run in runs)
     }
-    panels = measure(by_method, test, device, plan.args.per_device_eval_batch_size)
-    verdicts = {convention: judge(found) for convention, found in panels.items()}
+    found = measure(by_method, test, device, plan.args.per_device_eval_batch_size)
+    verdicts = judge_all(found)
     histories = {run.folder: BudgetHistory.load(run.folder) for run in runs}
     settings = {
         "recipe": recipe_name,
         "dataset": plan.recipe.dataset,
+        "planted": plan.recipe.planted,
         "test_images": len(test),
         "methods": list(by_method),
         "seeds": sorted({run.record.seed for run in runs}),
         "training": runs[0].record.settings or "not recorded",
     }
-    results = comparison_results(settings, panels, verdicts, by_method, histories, device)
+    rows = [
+        *localisation_rows(found.localisation),
+        *removal_rows(found.panels, by_method),
+        *referee_rows(found.referees),
+        *(verdict.to_row() for verdict in verdicts),
+        *(training_row(method, by_seed, histories) for method, by_seed in by_method.items()),
+    ]
+    results = Results("compare_methods", settings, describe_environment(device), rows)
     results.save(output / "results.json")
-    table = comparison_table(results)
+    table = comparison_table(results, verdicts)
     write_whole(output / "table.md", table)
-    pictures = draw(by_method, panels, histories, test, device, output)
+    pictures = draw(by_method, found.panels, histories, test, device, output)
     report = output / "report.html"
     write_method_report(report, results, verdicts, pictures)
     print(f"\n{table}\nwritten to {report}, with table.md, results.json and the figures beside it")
     return report
 
 
-def measure(
-    by_method: Runs, test: DecodedImages, device: torch.device, batch_size: int
-) -> dict[Convention, dict[str, dict[int, Faithfulness]]]:
-    """Every run by both presets with every fill: convention -> method -> seed -> measurement."""
+def measure(by_method: Runs, test: DecodedImages, device: torch.device, batch_size: int) -> Found:
+    """Every run by both presets with every fill, by its localisation, and by the other methods of its seed."""
     conventions = [resolve_convention(preset, fill=fill) for preset in (PAPER, DEFAULT) for fill in FILLS]
-    panels: dict[Convention, dict[str, dict[int, Faithfulness]]] = {
-        convention: {method: {} for method in by_method} for convention in conventions
-    }
-    runs = [run for by_seed in by_method.values() for run in by_seed.values()]
-    for number, (folder, record) in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {record.method}, seed {record.seed}: evaluating", flush=True)
-        model, pipeline = load_checkpoint(str(folder), test, device)
-        for convention in conventions:
-            panels[convention][record.method][record.seed] = evaluate_faithfulness(
-                model,
-                test,
-                convention=convention,
-                curves=("insertion", "random"),
-                input_pipeline=pipeline,
-                batch_size=batch_size,
-            )
-    return panels
+    found = Found({convention: {method: {} for method in by_method} for convention in conventions}, {}, {})
+    count, number = sum(map(len, by_method.values())), 0
+    for seed in sorted({seed for by_seed in by_method.values() for seed in by_seed}):
+        of_seed = {method: by_seed[seed] for method, by_seed in by_method.items() if seed in by_seed}
+        loaded = {method: load_checkpoint(str(run.folder), test, device) for method, run in of_seed.items()}
+        localised = {}
+        for method, (model, pipeline) in loaded.items():
+            number += 1
+            print(f"[{number}/{count}] {method}, seed {seed}: evaluating", flush=True)
+            options: dict[str, Any] = {"input_pipeline": pipeline, "batch_size": batch_size}
+            for convention in conventions:
+                found.panels[convention][method][seed] = evaluate_faithfulness(
+                    model, test, convention=convention, **options
+                )
+            if test.evidence is not None:
+                localised[method] = evaluate_localisation(model, test, **options)
+        for method, one in zip(localised, on_shared_images(*localised.values()) if localised else (), strict=True):
+            found.localisation.setdefault(method, {})[seed] = one
+        if len(loaded) == len(by_method) > 1:
+            models = {method: checkpoint.model for method, checkpoint in loaded.items()}
+            # Runs of one comparison have the same training images and settings, and so the same pipeline.
+            found.referees[seed] = referee_matrix(models, test, convention=REFEREE, **options)
+    return found
+
+
+def judge_all(found: Found) -> list[Verdict]:
+    """Localisation first, then by every convention the gap, which leads, and the area."""
+    verdicts = []
+    if found.localisation:
+        first = next(iter(next(iter(found.localisation.values())).values()))
+        for score in LOCALISATION_COLUMNS:
+            by_score = partial(compare_localisation, score=score)
+            verdicts += judge(found.localisation, score, {"description": first.description}, by_score)
+    for convention, measured in found.panels.items():
+        for metric, curve in REMOVAL.items():
+            verdicts += judge(measured, metric, convention.to_dict(), partial(compare_faithfulness, curve=curve))
+    return verdicts
 
 
 def draw(
@@ -211,12 +279,13 @@ def draw(
 
 
 def draw_saliency(by_method: Runs, seed: int, test: DecodedImages, device: torch.device, path: Path) -> None:
-    """The first test image of each class, and its saliency by the models of one seed."""
+    """The first test image of each class, and its saliency by the models of one seed, the evidence outlined."""
     rows = [int((test.labels == label).argmax()) for label in sorted(set(test.labels.tolist()))[:_GRID_IMAGES]]
     maps = {method: saliency(by_seed[seed], test, rows, device) for method, by_seed in by_method.items()}
     batch = test.__getitems__(rows)
     names = [test.label_names[label] for label in batch["labels"].tolist()]
-    draw_saliency_grid(batch["pixel_values"].permute(0, 2, 3, 1) / 255, names, maps, seed, path)
+    pictures = batch["pixel_values"].permute(0, 2, 3, 1) / 255
+    draw_saliency_grid(pictures, names, maps, seed, path, batch.get("evidence"))
 
 
 def saliency(run: Run, test: DecodedImages, rows: list[int], device: torch.device) -> Tensor:

@@ -29,21 +29,24 @@ _CIFAR10: dict[str, Any] = {
     "rounding": "trunc",
     "signed_saliency": True,
 }
+_DIGITS: dict[str, Any] = {
+    "dataset": "digits",
+    "model": "cnn",
+    "optimizer": "adadelta",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 64,
+    "rounding": "trunc",
+    "saliency_score": "log_prob",
+    "signed_saliency": True,
+}
 # Name of a recipe -> values of the flags that differ from the defaults of `smoot-hf train`.
 RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "dataset": "digits",
-        "model": "cnn",
-        "optimizer": "adadelta",
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "num_train_epochs": 20,
-        "per_device_train_batch_size": 64,
-        "rounding": "trunc",
-        "saliency_score": "log_prob",
-        "signed_saliency": True,
-    },
+    "digits": _DIGITS,
+    # Each digit above or below a block that says nothing: it is known where a map should point.
+    "digits-block": {**_DIGITS, "planted": "block", "signed_saliency": False},
     "mnist": _MNIST,
     "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},
     "cifar10": _CIFAR10,

@@ -1,21 +1,21 @@
 """A training run: data, model, trainer, and at its end the card and the push."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import DatasetDict
-from torch.utils.data import Subset
 from transformers import EvalPrediction, set_seed
 from transformers.utils import logging
 
 from ..data import InputPipeline
 from ..data.dataset import load_image_dataset
 from ..data.decoded_images import DecodedImages, decode_images
+from ..data.planted_evidence import plant_images
 from ..errors import PushError, first_line
-from ..evaluation import Faithfulness, evaluate_faithfulness
+from ..evaluation import Faithfulness, Localisation, evaluate_faithfulness, evaluate_localisation
+from ..evaluation.ranked_batches import evenly_spread
 from ..fingerprint import hub_revision
 from ..functional.removal import Fill
 from ..models.classifier import load_image_processor, load_model
@@ -54,7 +54,8 @@ def main(defaults: Mapping[str, Any] | None, argv: Sequence[str]) -> dict[str, f
         parser.error(" ".join(str(error).split()))
     if args.should_log:
         print(
-            f"{args.method} on {recipe.dataset}: {len(task.train)} training and {len(task.test)} test images, ", end=""
+            f"{args.method} on {recipe.data_name}: {len(task.train)} training and {len(task.test)} test images, ",
+            end="",
         )
         print(f"{trainer.accelerator.num_processes} process(es) on {args.device.type}")
     try:
@@ -129,31 +130,35 @@ def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[De
     """The decoded training and test images.
 
     Raises:
-        ValueError: both are one split; else as `load_image_dataset` and `decode_images`.
+        ValueError: both are one split; else as `load_image_dataset`, `decode_images` and `plant_images`.
     """
     if recipe.eval_split == recipe.train_split:
         raise ValueError(f"eval_split={recipe.eval_split!r} is what is trained on: name another split")
     # The first process fills the cache, the others read it.
     with args.main_process_first(desc="decoding the images"):
-        splits = load_splits(recipe, recipe.dataset)
-        decoded = decode(limit(splits, {"train": recipe.max_train_samples, "test": recipe.max_eval_samples}), recipe)
-    return DecodedImages(decoded["train"]), DecodedImages(decoded["test"])
+        sizes = {"train": recipe.max_train_samples, "test": recipe.max_eval_samples}
+        images = load_images(recipe, recipe.dataset, sizes)
+    return images["train"], images["test"]
 
 
-def load_splits(recipe: Any, dataset: str) -> DatasetDict:
-    """The stored images of a data set as the flags of a recipe say, `RecipeArguments` or those of the same names."""
-    return load_image_dataset(
+def load_images(recipe: Any, dataset: str, sizes: dict[str, int | None]) -> dict[str, DecodedImages]:
+    """The decoded images of "train" and "test" as the flags of a recipe say, planted where they ask for it.
+
+    Args:
+        recipe: `RecipeArguments`, or others with flags of the same names.
+        dataset: in place of that of the recipe.
+        sizes: of each split how many images; `None`: all.
+    """
+    splits = load_image_dataset(
         dataset,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
         train_split=recipe.train_split,
         eval_split=recipe.eval_split,
     )
-
-
-def decode(splits: DatasetDict, recipe: Any) -> DatasetDict:
-    """The images decoded as the flags of a recipe say."""
-    return decode_images(splits, convert_rgb=recipe.convert_rgb, image_size=recipe.image_size)
+    decoded = decode_images(limit(splits, sizes), convert_rgb=recipe.convert_rgb, image_size=recipe.image_size)
+    images = {name: DecodedImages(split) for name, split in decoded.items()}
+    return images if recipe.planted == "plain" else plant_images(recipe.planted, images)
 
 
 def limit(splits: DatasetDict, sizes: dict[str, int | None]) -> DatasetDict:
@@ -219,7 +224,7 @@ def summary(
     trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments, metrics: Mapping[str, float]
 ) -> str:
     """What a user wants to know at the end."""
-    lines = {"method": args.method, "data, model": f"{recipe.dataset}, {recipe.model}"}
+    lines = {"method": args.method, "data, model": f"{recipe.data_name}, {recipe.model}"}
     lines["test accuracy"] = f"{metrics['eval_accuracy']:.2%} of {len(trainer.eval_dataset)} images"
     if trainer.mask_budget is not None:
         k, unit = trainer.mask_budget.statistics(), trainer.mask_budget.unit
@@ -237,12 +242,13 @@ def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
         PushError: what the Hub lacks, now or since a push during training; the model is saved by then.
     """
     # Of a local folder its name alone: the rest is nobody's business.
-    card: dict[str, Any] = {"dataset": Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset}
+    card: dict[str, Any] = {"dataset": recipe.data_name}
     if trainer.is_world_process_zero():
         try:
             card["faithfulness"] = measure(trainer, args, recipe)
+            card["localisation"] = localise(trainer, args, recipe)
         except (ValueError, RuntimeError) as error:
-            logger.warning(f"the card has no faithfulness, which could not be measured: {first_line(error)}")
+            logger.warning(f"the card lacks what could not be measured of the saliency: {first_line(error)}")
         on_hub = hub_revision(trainer.train_dataset)
         card["dataset_tags"] = on_hub and on_hub[0]
     if not args.push_to_hub:
@@ -255,17 +261,29 @@ def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
 
 def measure(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> list[Faithfulness]:
     """Faithfulness on up to `card_samples` test images, spread evenly, by the library's convention with two fills."""
-    test = trainer.eval_dataset
-    count = min(recipe.card_samples, len(test))
-    rows = Subset(test, [row * len(test) // count for row in range(count)])
+    if not recipe.card_samples:
+        return []
     return [
         evaluate_faithfulness(
             trainer.model,
-            rows,
+            evenly_spread(trainer.eval_dataset, recipe.card_samples),
             fill=fill,
             input_pipeline=trainer.input_pipeline,
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
-        for fill in (_FILLS if count else ())
+        for fill in _FILLS
     ]
+
+
+def localise(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> Localisation | None:
+    """Localisation on the same images; `None` where they do not say where their evidence is."""
+    if not recipe.card_samples or trainer.eval_dataset.evidence is None:
+        return None
+    return evaluate_localisation(
+        trainer.model,
+        evenly_spread(trainer.eval_dataset, recipe.card_samples),
+        input_pipeline=trainer.input_pipeline,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+    )

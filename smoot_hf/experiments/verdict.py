@@ -1,29 +1,47 @@
-"""The verdict: whether one training method's area is lower than another's by more than the noise."""
+"""The verdict: whether what was measured of one training method differs from another's by more than the noise."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from ..evaluation import Faithfulness, compare_faithfulness
 from ..evaluation.comparison import PairedDifference
 from ..evaluation.intervals import mean_interval
 from ..evaluation.results import Measurement, Row
 
+# What the methods are compared by: metric -> what it is called, and which way is better.
+QUANTITIES: dict[str, tuple[str, Literal["lower", "higher"]]] = {
+    "outside_0.1": ("share of the top 10 % outside the evidence", "lower"),
+    "relevance_mass": ("relevance mass on the evidence", "higher"),
+    "gap": ("gap", "higher"),
+    "deletion_auc": ("AUC", "lower"),
+}
+
+Measured = TypeVar("Measured")
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Deletion AUC of the first method minus that of the second, seed by seed; negative: the first is better.
+    """One quantity of the first method minus that of the second, seed by seed.
 
     Attributes:
         first: a training method.
         second: another.
+        metric: of `QUANTITIES`.
+        convention: how it was measured, with its "description".
         by_seed: seed -> paired difference over the images of the two models of that seed; at least one.
     """
 
     first: str
     second: str
+    metric: str
+    convention: Mapping[str, Any]
     by_seed: Mapping[int, PairedDifference]
+
+    @property
+    def quantity(self) -> str:
+        """What the metric is called."""
+        return QUANTITIES[self.metric][0]
 
     @property
     def measurement(self) -> Measurement:
@@ -40,7 +58,7 @@ class Verdict:
 
     @property
     def outcome(self) -> Literal["lower", "higher", "not to be told apart", "unknown"]:
-        """Of the first method's area, beyond the noise of the seeds.
+        """Of the first method, beyond the noise of the seeds.
 
         "unknown" with a single seed, and where the seeds differ by one and the same number, which leaves no interval.
         Where they do not differ at all, as when K never moved, the methods cannot be told apart.
@@ -66,11 +84,11 @@ class Verdict:
     def sentence(self) -> str:
         """In words, with the numbers that it rests on."""
         return (
-            f"AUC of {self.first} minus {self.second}: {self.measurement.format()}, 95 % interval over seeds "
-            f"{self.interval_text}: {self.outcome} (image by image: {self.pairs} pairs)"
+            f"{self.quantity} of {self.first} minus {self.second}: {self.measurement.format()}, 95 % interval over "
+            f"seeds {self.interval_text}: {self.outcome} (image by image: {self.pairs} pairs)"
         )
 
-    def to_row(self, convention: Mapping[str, object]) -> Row:
+    def to_row(self) -> Row:
         """A row of `results.json`, the intervals over the images in its details."""
         details = {
             str(seed): {
@@ -83,23 +101,31 @@ class Verdict:
         }
         interval = self.interval and list(self.interval)
         return Row(
-            f"{self.first} minus {self.second}",
-            {"deletion_auc_difference": self.measurement},
-            convention,
+            f"{self.first} minus {self.second}: {self.metric}",
+            {f"{self.metric}_difference": self.measurement},
+            self.convention,
             {"interval_over_seeds": interval, "by_seed": details, "sentence": self.sentence()},
         )
 
 
-def judge(measured: Mapping[str, Mapping[int, Faithfulness]]) -> list[Verdict]:
+def judge(
+    measured: Mapping[str, Mapping[int, Measured]],
+    metric: str,
+    convention: Mapping[str, Any],
+    compare: Callable[[Measured, Measured], PairedDifference],
+) -> list[Verdict]:
     """Every later method against every earlier one, on the seeds that both have.
 
     Args:
-        measured: method -> seed -> measurement, all by one convention.
+        measured: method -> seed -> measurement, all made in the same way.
+        metric: of `QUANTITIES`.
+        convention: how it was measured.
+        compare: the first minus the second of two measurements, image by image.
     """
     verdicts = []
     for second, first in combinations(measured, 2):
         seeds = sorted(measured[first].keys() & measured[second].keys())
-        by_seed = {seed: compare_faithfulness(measured[first][seed], measured[second][seed]) for seed in seeds}
+        by_seed = {seed: compare(measured[first][seed], measured[second][seed]) for seed in seeds}
         if by_seed:
-            verdicts.append(Verdict(first, second, by_seed))
+            verdicts.append(Verdict(first, second, metric, convention, by_seed))
     return verdicts

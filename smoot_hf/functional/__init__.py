@@ -2,6 +2,7 @@
 
 from .budget import update_budget
 from .cells import cell_grid, cell_sum, spread_cells
+from .localisation import boxes_to_mask
 from .masking import (
     adversarial_fill,
     counter_uniform,
@@ -20,6 +21,7 @@ __all__ = [
     "ObjectiveParts",
     "adversarial_fill",
     "area_under_curve",
+    "boxes_to_mask",
     "cell_grid",
     "cell_sum",
     "channel_mean",

@@ -11,7 +11,7 @@ All functions take `attribution` (B, H, W) of any real type, higher = more impor
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -140,6 +140,45 @@ def roc_auc(attribution: Tensor, evidence: Tensor) -> Tensor:
         return (twice_ranks - on * (on + 1)).double() / (2 * on * (values.shape[1] - on))
 
     return _measured(attribution, evidence, measure)
+
+
+def boxes_to_mask(boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
+    """Evidence from the boxes of a detection set: every pixel that one of them touches.
+
+    A box is [x0, y0, x1, y1] in pixels, its edges counted from the upper left corner of the image, so that the first
+    pixel reaches from 0 to 1 and x1 - x0 is the width. This is torchvision's "xyxy". COCO states [x, y, width, height]
+    by the same edges: x1 = x + width, y1 = y + height. Pascal VOC states the first and the last pixel, counted from 1:
+    x0 = xmin - 1, y0 = ymin - 1, x1 = xmax, y1 = ymax. What sticks out of the image is cut off.
+
+    Args:
+        boxes: (N, 4) numbers; none at all give an empty mask.
+        size: (H, W) of the image that the boxes were drawn on. A resized image needs boxes that are scaled with it.
+
+    Returns:
+        bool (H, W).
+
+    Raises:
+        ValueError: boxes of another shape, that are not finite, have no width or height, or lie outside the image.
+    """
+    height, width = size
+    edges = torch.as_tensor(boxes, dtype=torch.float64).cpu()
+    if edges.numel() == 0:
+        return torch.zeros(height, width, dtype=torch.bool)
+    if edges.ndim != 2 or edges.shape[1] != 4:
+        raise ValueError(f"boxes must be (N, 4), [x0, y0, x1, y1] each, got shape {tuple(edges.shape)}")
+    x0, y0, x1, y1 = edges.T
+    is_inside = (x1 > 0) & (y1 > 0) & (x0 < width) & (y0 < height)
+    is_box = edges.isfinite().all(dim=1) & (x0 < x1) & (y0 < y1) & is_inside
+    if not bool(is_box.all()):
+        row = int((~is_box).nonzero()[0])
+        raise ValueError(
+            f"boxes must be [x0, y0, x1, y1] with x0 < x1 and y0 < y1, on an image of {width} pixels in width and "
+            f"{height} in height, got {edges[row].tolist()} in row {row}"
+        )
+    x, y = torch.arange(width)[None], torch.arange(height)[None]
+    in_x = (x + 1 > x0[:, None]) & (x < x1[:, None])
+    in_y = (y + 1 > y0[:, None]) & (y < y1[:, None])
+    return (in_y[:, :, None] & in_x[:, None, :]).any(dim=0)
 
 
 def evidence_share(evidence: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
@@ -19,6 +19,7 @@ from ..data.image_processor import processor_agrees
 from ..errors import first_line, writing
 from ..evaluation.attributions import attribute
 from ..evaluation.faithfulness import Faithfulness
+from ..evaluation.localisation import Localisation
 from ..evaluation.ranked_batches import data_batches, evenly_spread, has_index
 from ..evaluation.results import (
     Measurement,
@@ -27,6 +28,7 @@ from ..evaluation.results import (
     describe_environment,
     faithfulness_row,
     left_out_notes,
+    localisation_row,
 )
 from ..fingerprint import dataset_fingerprint, hub_revision
 from ..functional.perturbation import has_prediction
@@ -35,6 +37,7 @@ from ..models.logits import LogitsModel
 from ..models.state import untouched
 from .figures import draw_budget, draw_curves, draw_saliency
 from .files import FIGURE_NAMES, FIGURES
+from .metadata import COLUMNS, LOCALISATION, metadata
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +56,9 @@ class Examples(NamedTuple):
     maps: torch.Tensor
 
 
-def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (), **given: Any) -> None:
+def write_model_card(
+    trainer: Any, *, faithfulness: Sequence[Faithfulness] = (), localisation: Localisation | None = None, **given: Any
+) -> None:
     """Write `README.md`, `figures/` and `results.json` into the trainer's output folder.
 
     A figure that cannot be drawn, because there is no evaluation set or no matplotlib, is left out with a warning.
@@ -61,6 +66,7 @@ def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (),
     Args:
         trainer: a `SmootTrainer`.
         faithfulness: of its model on its evaluation set, one for each convention.
+        localisation: of its model on its evaluation set, where that says where the evidence is.
         **given: the arguments of `SmootTrainer.create_model_card`.
 
     Raises:
@@ -69,7 +75,7 @@ def write_model_card(trainer: Any, *, faithfulness: Sequence[Faithfulness] = (),
     folder = Path(trainer.args.output_dir)
     is_peft = _is_adapter(trainer)
     about = _about(trainer, given)
-    results = run_results(trainer, faithfulness)
+    results = run_results(trainer, faithfulness, localisation)
     examples = _examples(trainer) if faithfulness else None
     with writing(str(folder)):
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -105,11 +111,13 @@ def check_card_arguments(function: Callable[..., Any], given: Mapping[str, Any])
         )
 
 
-def run_results(trainer: Any, faithfulness: Sequence[Faithfulness] = ()) -> Results:
+def run_results(
+    trainer: Any, faithfulness: Sequence[Faithfulness] = (), localisation: Localisation | None = None
+) -> Results:
     """Everything that a run has measured, as the content of results.json.
 
     The first row has the metrics of the evaluation of the final weights, as `compute_metrics` reports them, and the
-    statistics of K; the others a faithfulness measurement each.
+    statistics of K; the others a faithfulness measurement each, and the last the localisation, where it was measured.
     """
     args, budget = trainer.args, trainer.mask_budget
     metrics = {name: Measurement({args.seed: value}, "as reported") for name, value in final_metrics(trainer).items()}
@@ -125,6 +133,8 @@ def run_results(trainer: Any, faithfulness: Sequence[Faithfulness] = ()) -> Resu
         }
     rows = [Row(f"{args.method}, final weights", metrics, None, details)]
     rows += [faithfulness_row(args.method, {args.seed: found}) for found in faithfulness]
+    if localisation is not None:
+        rows.append(localisation_row(args.method, {args.seed: localisation}))
     settings = {
         "method": args.method,
         "seed": args.seed,
@@ -321,15 +331,6 @@ def _no_examples(dataset: Any) -> str | None:
     return None
 
 
-_COLUMNS = {
-    "accuracy": "Accuracy (%)",
-    "deletion_auc": "Deletion AUC (%, lower is better)",
-    "random_auc": "The same in random order",
-    "insertion_auc": "Insertion AUC (%, higher is better)",
-    "gap": "Gap (higher is better)",
-}
-
-
 def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     """Everything below the metadata: the template `card.md`, filled in.
 
@@ -338,7 +339,8 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         about: names, data and model, of `_about`.
         figures: name -> path from the card.
     """
-    first, *measured = results.rows
+    first = results.rows[0]
+    measured, located = results.rows_with("deletion_auc"), results.rows_with("relevance_mass")
     settings = dict(results.settings)
     # The commit comes last, under a name that says of what it is.
     versions = {name: version for name, version in results.environment.items() if version is not None}
@@ -350,6 +352,7 @@ def card_text(results: Results, about: Mapping[str, Any], figures: Mapping[str, 
         repo_literal=json.dumps(one_line(about["repo"]), ensure_ascii=False),
         reported={name: m.mean for name, m in first.metrics.items() if m.unit == "as reported"},
         measured=_measured(measured) if measured else None,
+        located=_located(located[0]) if located else None,
         budget=_budget(first),
         figures=figures,
         method=settings["method"],
@@ -384,7 +387,7 @@ def _template() -> jinja2.Template:
 
 def _measured(rows: Sequence[Row]) -> dict[str, Any]:
     """The faithfulness measurements, one row for each convention, as the template takes them."""
-    columns = {name: title for name, title in _COLUMNS.items() if any(name in row.metrics for row in rows)}
+    columns = {name: title for name, title in COLUMNS.items() if any(name in row.metrics for row in rows)}
     by_seed = [list(row.details["by_seed"].values()) for row in rows]
     return {
         "image_counts": sorted({found["n"] for row in by_seed for found in row}),
@@ -401,6 +404,13 @@ def _measured(rows: Sequence[Row]) -> dict[str, Any]:
             for number, (row, metrics) in enumerate(zip(by_seed, (row.metrics for row in rows), strict=True), 1)
         ],
     }
+
+
+def _located(row: Row) -> dict[str, Any]:
+    """The localisation as the template takes it: a line for each score, with its interval and what chance gives."""
+    (found,) = row.details["by_seed"].values()
+    scores = [(title, found["scores"][name]) for name, title in LOCALISATION.items() if name in found["scores"]]
+    return {"n": found["n"], "how": found["description"], "scores": scores, "notes": left_out_notes([row])}
 
 
 def _mean(row: Row, name: str) -> str:
@@ -423,68 +433,3 @@ def _budget(first: Row) -> dict[str, Any] | None:
         "at_lowest": counts[0],
         "at_highest": counts[-1],
     }
-
-
-TAGS = ("smoot", "saliency", "interpretability", "image-classification")
-# Stated by the description as well, and in full in results.json.
-_NOT_IN_METADATA = ("fractions", "end_points")
-
-
-def metadata(results: Results, about: Mapping[str, Any], given: Mapping[str, Any], library: str) -> ModelCardData:
-    """The head of the card; `model-index` holds every metric but the loss, for the Hub's leaderboards."""
-    given_tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
-    tasks = [given["tasks"]] if isinstance(given.get("tasks"), str) else list(given.get("tasks") or [])
-    tags = list(dict.fromkeys([*TAGS, results.settings["method"], *given_tags, *tasks, "generated_from_trainer"]))
-    evaluations = _evaluations(results, about)
-    return ModelCardData(
-        model_name=about["name"],
-        library_name=library,
-        pipeline_tag="image-classification",
-        language=given.get("language"),
-        license=given.get("license"),
-        base_model=about["base_model_id"],
-        datasets=[about["dataset_id"]] if about["dataset_id"] else None,
-        tags=tags,
-        metrics=list(dict.fromkeys(result.metric_type for result in evaluations)) or None,
-        eval_results=evaluations or None,
-    )
-
-
-def _evaluations(results: Results, about: Mapping[str, Any]) -> list[EvalResult]:
-    if about["dataset"] is None:
-        logger.warning(
-            "the card's metadata have no results, for nobody said of which data set they are: pass dataset='name', and "
-            "dataset_tags='USER/NAME' where it is on the Hub, to push_to_hub or create_model_card"
-        )
-        return []
-    common = {
-        "task_type": "image-classification",
-        "task_name": "Image Classification",
-        "dataset_type": about["dataset_id"] or about["dataset"],
-        "dataset_name": about["dataset"],
-        "dataset_config": about["dataset_config"],
-        "dataset_revision": about["dataset_revision"],
-    }
-    first, *measured = results.rows
-    found = [
-        EvalResult(**common, metric_type=name, metric_name=name.replace("_", " ").capitalize(), metric_value=m.mean)
-        for name, m in first.metrics.items()
-        if m.unit == "as reported" and name != "loss"
-    ]
-    names = {
-        "deletion_auc": "Deletion AUC (%, lower is better)",
-        "insertion_auc": "Insertion AUC (%, higher is better)",
-    }
-    for row in measured:
-        found += [
-            EvalResult(
-                **common,
-                metric_type=name,
-                metric_name=title,
-                metric_value=row.metrics[name].mean,
-                metric_args={k: v for k, v in (row.convention or {}).items() if k not in _NOT_IN_METADATA},
-            )
-            for name, title in names.items()
-            if name in row.metrics
-        ]
-    return found

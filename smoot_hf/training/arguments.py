@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from functools import cache
 from typing import Any, Literal, cast
@@ -17,7 +18,16 @@ logger = logging.get_logger(__name__)
 
 # Of the metrics that this package reports: whether a greater value is better. `TrainingArguments` takes every name
 # that does not end in "loss" for one of which greater is better.
-GREATER_IS_BETTER = {"deletion_auc": False, "insertion_auc": True}
+GREATER_IS_BETTER = {
+    "deletion_auc": False,
+    "insertion_auc": True,
+    "relevance_mass": True,
+    "rank_accuracy": True,
+    "pointing_game": True,
+    "roc_auc": True,
+    # Share of the top outside the evidence; the top follows the name, as in outside_0.1.
+    "outside": False,
+}
 
 # Of the Trainer's arguments, those that decide the trained weights.
 _DECIDE_WEIGHTS = {
@@ -228,8 +238,9 @@ def greater_is_better(metric: str | None) -> bool | None:
         metric: its name as in `metric_for_best_model`, with or without the prefixes of an evaluation (`eval_`) and of
             one of several evaluation sets (`eval_NAME_`).
     """
+    without_top = re.sub(r"(?<=outside)_[0-9.]+$", "", metric or "")
     for name, greater in GREATER_IS_BETTER.items():
-        if metric is not None and (metric == name or metric.endswith(f"_{name}")):
+        if without_top == name or without_top.endswith(f"_{name}"):
             return greater
     return None
 

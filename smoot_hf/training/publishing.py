@@ -16,6 +16,7 @@ from transformers.utils import PushInProgress, logging
 
 from ..errors import PushError, first_line
 from ..evaluation.faithfulness import Faithfulness
+from ..evaluation.localisation import Localisation
 from ..publishing.card import OF_OTHER_DATA, check_card_arguments, write_model_card
 from ..publishing.files import CARD_FILES, commit_files, copy_model, model_files, published_content, upload_patterns
 from .checkpoints import CheckpointTrainer
@@ -56,6 +57,7 @@ class PublishingTrainer(CheckpointTrainer):
         dataset_args: str | list[str] | None = None,
         *,
         faithfulness: Sequence[Faithfulness] = (),
+        localisation: Localisation | None = None,
     ) -> None:
         """Write the model card `README.md`, its figures and `results.json` into the output folder.
 
@@ -75,6 +77,7 @@ class PublishingTrainer(CheckpointTrainer):
             dataset_args: configuration of the data set, by its name.
             faithfulness: of this model on the evaluation set, one for each convention; adds the curves and, where
                 `eval_dataset` is one set, a grid of saliency maps. What was not measured is not on the card.
+            localisation: of this model on the evaluation set, where that says where the evidence is.
 
         Raises:
             SaveError: the output folder cannot be written to.
@@ -84,6 +87,7 @@ class PublishingTrainer(CheckpointTrainer):
         write_model_card(
             self,
             faithfulness=faithfulness,
+            localisation=localisation,
             language=language,
             license=license,
             tags=tags,

@@ -1,10 +1,21 @@
 """Planted sets: what they hold is where they say, nothing of the label is elsewhere, and a seed fixes them."""
 
+import pickle
+
+import datasets
 import pytest
 import torch
 from conftest import tiny_cnn
 
-from smoot_hf.data import InputPipeline, plant_splits, planted_digits
+from smoot_hf.data import (
+    DecodedImages,
+    InputPipeline,
+    decode_images,
+    load_image_dataset,
+    plant_images,
+    plant_splits,
+    planted_digits,
+)
 from smoot_hf.data.planted_evidence import null_block, plant_block, plant_decoy, plant_on_photo, plant_pair
 from smoot_hf.evaluation import evaluate_localisation
 
@@ -199,3 +210,45 @@ def test_bad_input_is_one_clear_error(call, message):
     """Catches a set of garbage, or an error from deep inside torch."""
     with pytest.raises(ValueError, match=message):
         call(*objects())
+
+
+# --- decoded images that carry their evidence ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoded_digits(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        decoded = decode_images(load_image_dataset("digits"))
+        return {split: DecodedImages(rows) for split, rows in decoded.items()}
+
+
+@pytest.mark.parametrize("name", ["block", "block-fixed", "decoy"])
+def test_decoded_images_are_planted_as_the_tensors_are(name, decoded_digits):
+    """Catches rows out of order on the way into Arrow, another seed for the masks than for the pixels, lost classes."""
+    expected = planted_digits(name, seed=3)
+    for split, images in plant_images(name, decoded_digits, seed=3).items():
+        batch = images.__getitems__([5, 0, -1])
+        for key, values in expected[split].__getitems__([5, 0, len(images) - 1]).items():
+            assert torch.equal(batch[key], values)
+            assert batch[key].dtype == values.dtype
+        assert images.label_names == [str(digit) for digit in range(10)]
+        for ours, theirs in zip(images.channel_statistics(), expected[split].channel_statistics(), strict=True):
+            assert ours == pytest.approx(theirs)
+        assert torch.equal(pickle.loads(pickle.dumps(images))[7]["evidence"], expected[split][7]["evidence"])
+
+
+def test_no_mask_reaches_a_model(decoded_digits):
+    """Catches a batch with an entry that no model's forward takes."""
+    images = plant_images("block", decoded_digits)["test"]
+    for batch in (images.__getitems__([0, 1]), [images[0], images[1]]):
+        assert set(DecodedImages.collate(batch)) == {"pixel_values", "labels"}
+    assert "evidence" not in decoded_digits["test"][0]
+
+
+def test_evidence_of_another_shape_is_refused(decoded_digits):
+    """Catches masks that belong to other images."""
+    rows = decoded_digits["test"].dataset
+    for evidence in (torch.ones(360, 8, 7, dtype=torch.bool), torch.ones(360, 8, 8)):
+        with pytest.raises(ValueError, match=r"evidence must be bool \(360, 8, 8\), got torch"):
+            DecodedImages(rows, evidence)

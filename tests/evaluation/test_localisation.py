@@ -9,6 +9,7 @@ import torch
 from conftest import TinyImages, build
 
 from smoot_hf.evaluation import compare_localisation, evaluate_localisation, on_shared_images
+from smoot_hf.evaluation.results import Results, describe_environment, left_out_notes, localisation_row, validate
 from smoot_hf.functional import counter_uniform
 
 
@@ -215,3 +216,33 @@ def test_images_of_two_sizes_are_not_compared():
     assert one.dataset_fingerprint == other.dataset_fingerprint
     with pytest.raises(ValueError, match="images of one size"):
         on_shared_images(one, other)
+
+
+def test_a_row_of_results_holds_every_seed():
+    """Catches a seed averaged away, a note about images left out that nobody gets, and rows of two ways in one."""
+    found = {seed: evaluate_localisation(LeftHalf(), MarkedImages(spoilt=[0] if seed else [])) for seed in range(2)}
+    row = localisation_row("smoot", found)
+    assert row.metrics.keys() == {"accuracy", *found[0].scores}
+    assert row.metrics["outside_0.1"].values == {seed: one.outside[0.1].value for seed, one in found.items()}
+    validate(Results("compare", {}, describe_environment(), [row]).to_dict())
+    assert left_out_notes([row]) == [
+        "smoot, seed 1: 1 images left out, whose evidence is nothing or the whole image; 5 measured."
+    ]
+    with pytest.raises(ValueError, match="measured in one way on one data set"):
+        localisation_row("smoot", found | {2: evaluate_localisation(LeftHalf(), MarkedImages(25))})
+
+
+def test_the_collators_batch_is_measured():
+    """Catches an evaluation during training that measures other pixels than the trainer's evaluation sees."""
+
+    def collate(samples):
+        pixels = torch.stack([sample["pixel_values"] for sample in samples])
+        return {"pixel_values": pixels.flip(3), "target": torch.tensor([sample["labels"] for sample in samples])}
+
+    found = evaluate_localisation(build("vit"), MarkedImages(), only_correct=False)
+    data = MarkedImages()
+    data.images = data.images.flip(3)
+    by_collator = evaluate_localisation(
+        build("vit"), data, only_correct=False, data_collator=collate, label_name="target"
+    )
+    assert torch.equal(by_collator.roc_auc.sample_values, found.roc_auc.sample_values)

@@ -20,6 +20,7 @@ from torch import nn
 
 from smoot_hf.evaluation.convention import Convention
 from smoot_hf.evaluation.faithfulness import evaluate_faithfulness
+from smoot_hf.evaluation.localisation import MEASURES
 from smoot_hf.evaluation.metrics import metric_path
 from smoot_hf.evaluation.results import (
     Measurement,
@@ -30,6 +31,7 @@ from smoot_hf.evaluation.results import (
     left_out_notes,
     load_results,
 )
+from smoot_hf.functional.localisation import top_outside
 from smoot_hf.functional.perturbation import area_under_curve
 
 
@@ -397,7 +399,22 @@ def test_example_of_the_card_holds(load_metric, name, value):
     assert f"# {{'{name}': {value}}}" in card
 
 
+def test_the_metric_of_localisation_loads_offline_and_agrees_with_the_functions(load_metric):
+    """Catches rows of maps and masks that are paired wrongly, and a card whose example gives another number."""
+    metric = load_metric("localisation")
+    maps = torch.rand(5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    masks = torch.rand(5, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.4
+    found = metric.compute(predictions=maps.tolist(), references=masks.tolist(), top=0.25)
+    expected = {name: measure(maps, masks).mean().item() for name, measure in MEASURES.items()}
+    assert found == pytest.approx(expected | {"outside": top_outside(maps, masks, 0.25).mean().item()}, abs=1e-12)
+    card = Path(metric_path("localisation"), "README.md").read_text()
+    call = next(line for line in card.splitlines() if line.startswith("metric.compute"))
+    assert eval(call, {"metric": metric}) == 0.75
+    with pytest.raises(ValueError, match="references must mark some of each image and not all, which mask 1"):
+        metric.compute(predictions=maps[:2].tolist(), references=[masks[0].tolist(), [[False] * 6] * 4])
+
+
 def test_a_metric_that_does_not_exist_is_refused():
     """Catches a path that `evaluate.load` takes for the name of a metric on the Hub."""
-    with pytest.raises(ValueError, match="name must be one of 'deletion_auc', 'insertion_auc', got 'sensitivity'"):
+    with pytest.raises(ValueError, match=r"name must be one of 'deletion_auc'.*'localisation', got 'sensitivity'"):
         metric_path("sensitivity")

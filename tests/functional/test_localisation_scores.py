@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoot_hf.functional.localisation import (
+    boxes_to_mask,
     evidence_share,
     pointing_game,
     rank_accuracy,
@@ -151,6 +152,52 @@ def test_a_top_that_is_no_share_is_refused(top):
     """Catches a percentage given for a fraction."""
     with pytest.raises(ValueError, match=r"top must be a fraction in \(0, 1\]"):
         top_outside(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool), top)
+
+
+# --- boxes -----------------------------------------------------------------------------------------------------------
+
+
+@given(SIZES, SEEDS)
+def test_a_box_covers_every_pixel_that_it_touches(size, seed):
+    """Catches x for y, and an edge that is rounded the wrong way; overlap is asked of every pixel by itself."""
+    count, height, width = size
+    corners = torch.rand(count, 4, generator=generator(seed), dtype=torch.float64) * 2 - 0.5
+    corners = (4 * corners * torch.tensor([width, height, width, height])).round() / 4  # often whole numbers
+    low, high = torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])
+    boxes = torch.cat([low.clamp(max=torch.tensor([width - 0.25, height - 0.25])), high.clamp(min=0.25)], dim=1)
+    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 0.25)
+    found = boxes_to_mask(boxes, (height, width))
+    for y, x in itertools.product(range(height), range(width)):
+        touched = [
+            min(x1, x + 1) - max(x0, x) > 0 and min(y1, y + 1) - max(y0, y) > 0 for x0, y0, x1, y1 in boxes.tolist()
+        ]
+        assert bool(found[y, x]) == any(touched)
+
+
+def test_boxes_of_coco_and_voc_by_hand():
+    """Catches an off-by-one in the conversions that the docstring gives: columns 2 to 4, rows 1 to 2 of 4x6 pixels."""
+    expected = torch.zeros(4, 6, dtype=torch.bool)
+    expected[1:3, 2:5] = True
+    x, y, w, h = 2.0, 1.0, 3.0, 2.0  # COCO
+    xmin, ymin, xmax, ymax = 3, 2, 5, 3  # Pascal VOC
+    for box in ([x, y, x + w, y + h], [xmin - 1, ymin - 1, xmax, ymax]):
+        assert torch.equal(boxes_to_mask([box], (4, 6)), expected)
+    assert not boxes_to_mask([], (4, 6)).any()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], r"boxes must be \(N, 4\).*got shape \(4,\)"),
+        ([[0, 0, 2, 2], [3, 2, 2, 3]], r"x0 < x1 and y0 < y1.*got \[3.0, 2.0, 2.0, 3.0\] in row 1"),
+        ([[0, 0, math.nan, 2]], "in row 0"),
+        ([[6, 0, 8, 2]], "an image of 6 pixels in width and 4 in height"),
+    ],
+)
+def test_what_is_no_box_is_refused(boxes, message):
+    """Catches COCO's width taken for an edge, and boxes of an image of another size, wherever that can be seen."""
+    with pytest.raises(ValueError, match=message):
+        boxes_to_mask(boxes, (4, 6))
 
 
 # --- an independent implementation -----------------------------------------------------------------------------------

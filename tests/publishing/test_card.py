@@ -16,7 +16,7 @@ from loopback_hub import USER
 from PIL import Image
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
-from smoot_hf import evaluate_faithfulness
+from smoot_hf import evaluate_faithfulness, evaluate_localisation
 from smoot_hf.data.dataset import load_image_dataset
 from smoot_hf.data.decoded_images import DecodedImages, decode_images
 from smoot_hf.evaluation.results import load_results
@@ -406,3 +406,28 @@ def test_nan_predictions_are_said_on_the_card(run):
     trainer.create_model_card(faithfulness=[poor])
     card = Path(trainer.args.output_dir, "README.md").read_text()
     assert f"3 of {poor.predictions} predictions hold a NaN or an infinity, and count as wrong." in card
+
+
+class Marked(TinyImages):
+    """Noise with evidence in the left half."""
+
+    def __getitem__(self, i):
+        mask = torch.zeros(8, 8, dtype=torch.bool)
+        mask[:, :4] = True
+        return super().__getitem__(i) | {"evidence": mask}
+
+
+def test_the_localisation_is_on_the_card(run, tmp_path, trained):
+    """Fault: scores without their interval or chance level, or an index that lacks them or names another value."""
+    found = evaluate_localisation(trained("vit").model, Marked(24), only_correct=False)
+    _, _, card = run(card={"localisation": found})
+    for name in ("outside_0.1", "relevance_mass", "pointing_game", "roc_auc"):
+        score = found.scores[name]
+        shown = f"{score.interval[0]:.2f} to {score.interval[1]:.2f} | {score.chance:.2f} |"
+        assert f"| {score.value:.2f} | {shown}" in card.text
+        (indexed,) = [result for result in card.data.eval_results if result.metric_type == name]
+        assert indexed.metric_value == score.value
+    row = load_results(tmp_path / "run/results.json").rows[-1]
+    assert row.metrics["outside_0.025"].values == {42: found.outside[0.025].value}
+    assert "on 24 correctly classified" not in card.text
+    assert len([r for r in card.data.eval_results if r.metric_type == "deletion_auc"]) == 2

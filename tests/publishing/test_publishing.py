@@ -453,7 +453,7 @@ def test_a_measurement_that_fails_costs_the_card_its_numbers_alone(hub, digits, 
     digits()
     files = hub.repository("models", f"{USER}/run").files()
     assert {"model.safetensors", "README.md"} <= files.keys()
-    assert said == ["the card has no faithfulness, which could not be measured: CUDA out of memory"]
+    assert said == ["the card lacks what could not be measured of the saliency: CUDA out of memory"]
 
 
 def test_a_recipe_ends_with_its_push(hub, digits):

@@ -200,6 +200,16 @@ def test_every_reported_metric_knows_its_direction(metric, name, tmp_path):
     assert plain.greater_is_better is True
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("outside_0.1", False), ("eval_outside_0.025", False), ("eval_corner_outside_1", False), ("outside_in", None),
+     ("eval_relevance_mass", True), ("roc_auc_0.1", None)],
+)  # fmt: skip
+def test_the_share_outside_is_known_with_its_top(metric, greater):
+    """Catches the highest share outside the evidence kept as the best, and metrics of others taken for ours."""
+    assert greater_is_better(metric) is greater
+
+
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 @pytest.mark.parametrize("metric", GREATER_IS_BETTER)
 def test_a_schedule_that_follows_a_metric_goes_its_way(schedule, metric, tmp_path):
