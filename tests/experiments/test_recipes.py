@@ -199,7 +199,7 @@ def test_flags_read_from_the_sources_are_those_of_the_classes():
 
 
 COMMANDS = {name: [str(FOLDER / f"train_{name}.py")] for name in NAMES}
-COMMANDS |= {name: ["-m", f"smoot_hf.experiments.{name}"] for name in SUBCOMMANDS}
+COMMANDS |= {name: ["-m", f"smoot_hf.experiments.{name.replace('-', '_')}"] for name in SUBCOMMANDS}
 # As the script that an installation makes.
 SCRIPT = ["-c", "from smoot_hf.experiments.command import main; main()"]
 COMMANDS |= {f"smoot-hf {name}": [*SCRIPT, name] for name in SUBCOMMANDS}
@@ -215,8 +215,10 @@ def run_without_torch(folder, *argv):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_are_checked_before_anything_slow_is_imported(name, tmp_path):
     """Fault: twenty seconds of importing before a misspelled flag is told, or --help shown."""
-    takes_words = name.split()[-1] in ("evaluate", "demo", "campaign")
+    takes_words = name.split()[-1] in ("evaluate", "demo", "campaign", "explain")
     wrong = ["x", "--dataset", "y", "--prt", "1"] if takes_words else ["--lerning_rate", "1"]
+    if name.endswith("fetch-backbone"):
+        wrong = ["efficientnet-lite0", "folder", "--fodler", "1"]
     for argv, code, expected in ((["--help"], 0, "usage: "), (wrong, 2, wrong[-2])):
         done = run_without_torch(tmp_path, *COMMANDS[name], *argv)
         assert done.returncode == code, done.stderr
@@ -228,7 +230,7 @@ def test_flags_are_checked_before_anything_slow_is_imported(name, tmp_path):
     ("argv", "code", "expected"),
     [
         ([], 2, "smoot-hf: error: the following arguments are required: subcommand"),
-        (["--help"], 0, "  compare   Train and compare the methods over several seeds"),
+        (["--help"], 0, "  compare         Train and compare the methods over several seeds"),
         (["--version"], 0, f"smoot-hf {smoot_hf.__version__}"),
         (["trian"], 2, "invalid choice: 'trian'"),
         (["train", "--help"], 0, "usage: smoot-hf train "),
