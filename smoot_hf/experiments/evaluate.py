@@ -57,6 +57,8 @@ ATTRIBUTIONS = (
     "smooth_grad",
     "gradient_shap",
     "deep_lift",
+    "grad_cam",
+    "attention_rollout",
     "random",
 )
 FILLS = ("corner", "mean", "zero", "uniform", "blur")
