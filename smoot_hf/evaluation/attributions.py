@@ -112,7 +112,8 @@ def attribute(
         signed: `True` ranks by the channel mean of the signed values, `False` by that of their magnitudes (of
             `grad_cam` by the positive part).
         seed: of `random`, `smooth_grad` and `gradient_shap`.
-        batch_size: images per forward pass at most, as far as one image with all its copies fits.
+        batch_size: images per forward pass at most, the copies of an image counted; all copies of an image at once for
+            `gradient_shap`.
 
     Returns:
         (B, H, W), detached, in float32 or wider.
@@ -139,7 +140,7 @@ def attribute(
         with _seeded(images.device, seed, int(sample_idx[0])):
             scores = ScoreModel(model, score)
             return torch.cat(
-                [channel_mean(_captum(scores, block, classes, method), signed) for block, classes in blocks]
+                [channel_mean(_captum(scores, block, classes, method, batch_size), signed) for block, classes in blocks]
             )
 
 
@@ -187,18 +188,30 @@ def captum_methods() -> ModuleType:
     return captum.attr
 
 
-def _captum(model: ScoreModel, images: Tensor, target: Tensor, method: str) -> Tensor:
+def _captum(model: ScoreModel, images: Tensor, target: Tensor, method: str, batch_size: int) -> Tensor:
     """captum's attribution of every pixel and channel: (B, C, H, W)."""
     captum = captum_methods()
+    # Copies of an image at once: of large images not even those of a single one may fit into memory.
+    at_once = max(1, batch_size // len(images))
     images = images.clone().requires_grad_(True)
     noise = NOISE_LEVEL * float(images.detach().amax() - images.detach().amin())
     if method == "input_x_gradient":
         return captum.InputXGradient(model).attribute(images, target=target)
     if method == "integrated_gradients":
-        return captum.IntegratedGradients(model).attribute(images, target=target, n_steps=INTEGRATION_POINTS)
+        return captum.IntegratedGradients(model).attribute(
+            images,
+            target=target,
+            n_steps=INTEGRATION_POINTS,
+            internal_batch_size=None if at_once >= INTEGRATION_POINTS else at_once * len(images),
+        )
     if method == "smooth_grad":
         return captum.NoiseTunnel(captum.Saliency(model)).attribute(
-            images, nt_samples=SMOOTH_GRAD_COPIES, stdevs=noise, target=target, abs=False
+            images,
+            nt_samples=SMOOTH_GRAD_COPIES,
+            nt_samples_batch_size=min(SMOOTH_GRAD_COPIES, at_once),
+            stdevs=noise,
+            target=target,
+            abs=False,
         )
     if method == "gradient_shap":
         return captum.GradientShap(model).attribute(

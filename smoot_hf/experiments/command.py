@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "evaluate": "Measure how faithful the saliency of a trained checkpoint is.",
     "compare": "Train and compare the methods over several seeds, and write one report.",
     "campaign": "Run many short trainings of many settings and seeds, each judged, in a queue.",
+    "explain": "Draw what a trained model looks at over images of your own.",
     "demo": "Open a page that shows what trained models look at.",
     "fetch-backbone": "Write a pretrained model for photographs into a folder, without the Hub.",
 }
