@@ -35,7 +35,9 @@ from smoot_hf.experiments.recipes import RECIPES
 from smoot_hf.experiments.run import settings_of
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-NAMES = sorted(path.stem.removeprefix("train_") for path in FOLDER.glob("train_*.py"))
+# Name of a recipe -> its file: train_<name>.py, or finetune_<name>.py.
+FILES = {path.stem.partition("_")[2]: path for kind in ("train", "finetune") for path in FOLDER.glob(f"{kind}_*.py")}
+NAMES = sorted(FILES)
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "200", "--max_eval_samples", "100"]
 
 
@@ -62,7 +64,7 @@ def run(recipe, *argv):
 
 def test_there_is_a_recipe_for_every_data_set():
     """Fault: the tests below find nothing to test."""
-    assert NAMES == sorted(RECIPES) == ["cifar10", "cifar100", "digits", "fashion_mnist", "mnist"]
+    assert NAMES == sorted(RECIPES) == ["cifar10", "cifar100", "digits", "fashion_mnist", "mnist", "photos"]
 
 
 def test_nan_logits_are_wrong():
@@ -198,7 +200,7 @@ def test_flags_read_from_the_sources_are_those_of_the_classes():
             assert mine.default == theirs.default, mine.dest
 
 
-COMMANDS = {name: [str(FOLDER / f"train_{name}.py")] for name in NAMES}
+COMMANDS = {name: [str(path)] for name, path in FILES.items()}
 COMMANDS |= {name: ["-m", f"smoot_hf.experiments.{name.replace('-', '_')}"] for name in SUBCOMMANDS}
 # As the script that an installation makes.
 SCRIPT = ["-c", "from smoot_hf.experiments.command import main; main()"]
@@ -290,7 +292,7 @@ def test_every_flag_of_version_0_1_0_is_still_there_with_its_default():
         "compare_methods": ("compare", compare.make_comparison_parser()),
         "evaluate_faithfulness": ("evaluate", evaluate.make_parser()),
         "train": ("train", arguments.make_parser({}, "")),
-        **{f"train_{name}": (name, arguments.make_parser(RECIPES[name], "")) for name in NAMES},
+        **{f"train_{name}": (name, arguments.make_parser(RECIPES[name], "")) for name in NAMES if name != "photos"},
     }
     assert former.keys() == commands.keys()
     for file, (name, parser) in commands.items():
@@ -569,15 +571,16 @@ def test_the_table_of_recipes_names_every_file():
     files = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py")}
     named = {name.removeprefix("recipes/") for name in re.findall(r"[\w/]+\.py", table)}
     assert named == files
-    assert set(re.findall(r"smoot-hf ([a-z]+)", table)) == set(SUBCOMMANDS)
+    assert set(re.findall(r"smoot-hf ([a-z-]+)", table)) == set(SUBCOMMANDS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_what_it_needs(name):
     """Fault: `uv run` of a recipe that lacks a package, or takes another copy of this one than the one beside it."""
-    block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", (FOLDER / f"train_{name}.py").read_text())
+    block = re.search(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", FILES[name].read_text())
     stated = tomllib.loads("".join(line[2:] for line in block.group(1).splitlines(keepends=True)))
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
     assert stated["requires-python"] == project["requires-python"]
-    assert stated["dependencies"] == [f"{project['name']}[recipes]"]
+    extras = "recipes,photos" if name == "photos" else "recipes"
+    assert stated["dependencies"] == [f"{project['name']}[{extras}]"]
     assert stated["tool"]["uv"]["sources"] == {"smoot-hf": {"path": "..", "editable": True}}

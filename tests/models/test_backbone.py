@@ -64,6 +64,13 @@ def test_a_new_head_keeps_the_other_weights(folder):
     }
 
 
+def test_a_new_head_is_saved_with_its_own_class_names(folder, tmp_path):
+    """Fault: the thousand names of ImageNet in the configuration of a model of two classes, which loads as LABEL_0."""
+    model = load_model(folder, labels=["cat", "dog"], image_size=(224, 224), num_channels=3)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == {0: "cat", 1: "dog"}
+
+
 def error_of(capsys, folder):
     with pytest.raises(SystemExit) as exited:
         fetch_backbone.main(["efficientnet-lite0", str(folder)])
