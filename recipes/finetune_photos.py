@@ -15,9 +15,9 @@
 FOLDER holds a folder for each split (train, test) and in it one for each class. MODEL is a local directory or Hub id of
 transformers or timm; by default the folder `efficientnet-lite0` of the first line.
 
-Time: 5 minutes for two epochs of 96 photographs on a busy CPU core, 3.8 GB at 32 images a batch.
-Expected: not measured yet on photographs worth the name. With few steps, BatchNorm's running statistics are moved by
-the masked images: see docs/photographs.md.
+Time: 5 minutes for two epochs of 96 photographs on a busy CPU core (3.5 minutes standard).
+Expected: not measured yet on more than 12 steps, after which BatchNorm's running statistics lag behind: 53 % of 32 test
+crops (standard 62 %), n = 1, see docs/photographs.md.
 
 Settings that differ from the library's defaults, and why:
 
