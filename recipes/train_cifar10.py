@@ -33,6 +33,13 @@ Adadelta at 0.001 moves slowly. AdamW in its place:
 
     --optimizer trainer --learning_rate 1e-4 --weight_decay 0.05 --lr_scheduler_type cosine --max_grad_norm 1
 
+Memory: of a pretrained model, which takes 224x224 pixels, 256 images at once need 20 GB (EfficientNet-lite0, standard)
+or twice as much (smoot). The same 256 images in eight parts take an eighth:
+
+    --per_device_train_batch_size 32 --gradient_accumulation_steps 8 --per_device_eval_batch_size 32
+
+docs/costs.md has more that saves memory.
+
 Other models: `--from_scratch --patch_size 4` trains DeiT-tiny on the 32x32 pixels from random weights; `--model cnn
 --saliency_score log_prob` the CNN of the other recipes. Without network, --dataset and --model take local directories.
 """

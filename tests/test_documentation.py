@@ -157,7 +157,7 @@ def subcommand_of(words):
             return words[place + 1], words[place + 2 :]
         if word.startswith("smoot_hf.experiments."):
             return word.rpartition(".")[2], words[place + 1 :]
-        if word.startswith("recipes/train_"):
+        if word.startswith(("recipes/train_", "recipes/finetune_")):
             return "train", words[place + 1 :]
     return None, []
 

@@ -1,11 +1,13 @@
-"""Attribution: importance maps of a classifier, by our own gradient or by the methods of captum.
+"""Attribution: importance maps of a classifier, by the gradient, by captum, or by what a layer inside it holds.
 
-The adapter from a model to its outputs is ours (`LogitsModel`), the methods are captum's. Every map is reduced over
-the channels in the same way: the mean of the signed values, or the mean of their magnitudes.
+The adapter from a model to its outputs is ours (`LogitsModel`), the methods on pixels are captum's; their maps are
+reduced over the channels in the same way: the mean of the signed values, or the mean of their magnitudes. Grad-CAM and
+attention rollout make a map of the model's own grid, which is brought to the images' resolution.
 """
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -13,14 +15,25 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..functional import channel_mean, class_score, counter_uniform, input_saliency
-from ..models.logits import AttributionScore, LogitsModel, ScoreModel
+from ..models.logits import AttributionScore, LogitsModel, ScoreModel, run_classifier
 
 Method = Literal[
-    "gradient", "input_x_gradient", "integrated_gradients", "smooth_grad", "gradient_shap", "deep_lift", "random"
+    "gradient",
+    "input_x_gradient",
+    "integrated_gradients",
+    "smooth_grad",
+    "gradient_shap",
+    "deep_lift",
+    "grad_cam",
+    "attention_rollout",
+    "random",
 ]
+# Those that are no gradient of a score: the convention of a measurement says neither score nor sign of them.
+WITHOUT_SCORE = ("attention_rollout", "random")
 
 # Images in one forward pass for one image explained: points of the path, or noisy copies.
 INTEGRATION_POINTS = 50
@@ -30,6 +43,13 @@ GRADIENT_SHAP_COPIES = 20
 NOISE_LEVEL = 0.15
 # Share of f(x) - f(baseline) that DeepLIFT's attributions may miss; rounding in float32 misses less than 0.001.
 COMPLETENESS_TOLERANCE = 0.01
+
+# Tokens that may stand before those of the patches: of the class, of distillation, registers.
+_MOST_FIRST_TOKENS = 16
+# Their output is the map that was their input, or attention weights, which are no map over the image.
+_PASSING = (nn.Dropout, nn.Identity, nn.Softmax)
+# Of the weight that the centre of an image has in the model's input: positions below it count as cropped away.
+_LEAST_WEIGHT = 0.5
 
 # What autograd says where the outputs do not hang on the images.
 _NO_GRADIENT = ("does not require grad", "not have been used in the graph")
@@ -67,28 +87,40 @@ def attribute(
     | `smooth_grad` | mean gradient of 25 noisy copies (Smilkov et al. 2017) |
     | `gradient_shap` | 20 random points between zero and noisy copies (Lundberg and Lee 2017) |
     | `deep_lift` | Rescale rule (Shrikumar et al. 2017), for ReLU-like activations and pooling in modules used once |
+    | `grad_cam` | Grad-CAM (Selvaraju et al. 2017) at the last layer that holds a map, see below |
+    | `attention_rollout` | product of the layers' attention (Abnar and Zuidema 2020); the same for all classes |
     | `random` | uniform noise, a function of the seed and the sample alone: the control |
 
     The noise of `smooth_grad` and `gradient_shap` has a standard deviation of 0.15 of the range of the images. It is a
     function of `seed` and of the batch (its first row); the caller's random state is restored.
 
+    `grad_cam` takes the last layer whose output is a map over the image on which the score depends: of a convolutional
+    network its last maps before the pooling, of a transformer the tokens behind the last such LayerNorm (of a ViT that
+    classifies by its class token, the one before its last attention). The map is the positive part of Equation 2 of
+    the paper, or with `signed` the sum itself. `attention_rollout` needs a ViT of transformers whose layers all attend
+    over the same tokens; it ignores `score` and `signed`, and switches the model to attention that returns its weights
+    for as long as it runs. Both are interpolated from the layer's grid; where the model crops the images, what it does
+    not see is 0.
+
     Args:
-        model: from normalised images to logits.
+        model: from normalised images to logits; its `resize`, if it has one, is linear.
         images: (B, C, H, W).
         target: int64 (B,), the class explained.
         sample_idx: int64 (B,), row of each image in its data set.
         method: one of the table.
         score: `"logit"` of the class, or `"log_prob"`.
-        signed: `True` ranks by the channel mean of the signed values, `False` by that of their magnitudes.
+        signed: `True` ranks by the channel mean of the signed values, `False` by that of their magnitudes (of
+            `grad_cam` by the positive part).
         seed: of `random`, `smooth_grad` and `gradient_shap`.
-        batch_size: images per forward pass at most, as far as one image with all its copies fits.
+        batch_size: images per forward pass at most, the copies of an image counted; all copies of an image at once for
+            `gradient_shap`.
 
     Returns:
         (B, H, W), detached, in float32 or wider.
 
     Raises:
-        ValueError: an unknown method or score, an architecture that DeepLIFT cannot explain, or logits that have no
-            gradient with respect to the images.
+        ValueError: an unknown method or score, an architecture that DeepLIFT, Grad-CAM or attention rollout cannot
+            explain, or logits that have no gradient with respect to the images.
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
@@ -101,10 +133,14 @@ def attribute(
     with torch.enable_grad(), needs_gradient(model, method):
         if method == "gradient":
             return torch.cat([_gradient(model, block, classes, score, signed) for block, classes in blocks])
+        if method == "grad_cam":
+            return torch.cat([_grad_cam(model, block, classes, score, signed) for block, classes in blocks])
+        if method == "attention_rollout":
+            return torch.cat([_attention_rollout(model, block) for block, _ in blocks])
         with _seeded(images.device, seed, int(sample_idx[0])):
             scores = ScoreModel(model, score)
             return torch.cat(
-                [channel_mean(_captum(scores, block, classes, method), signed) for block, classes in blocks]
+                [channel_mean(_captum(scores, block, classes, method, batch_size), signed) for block, classes in blocks]
             )
 
 
@@ -152,18 +188,30 @@ def captum_methods() -> ModuleType:
     return captum.attr
 
 
-def _captum(model: ScoreModel, images: Tensor, target: Tensor, method: str) -> Tensor:
+def _captum(model: ScoreModel, images: Tensor, target: Tensor, method: str, batch_size: int) -> Tensor:
     """captum's attribution of every pixel and channel: (B, C, H, W)."""
     captum = captum_methods()
+    # Copies of an image at once: of large images not even those of a single one may fit into memory.
+    at_once = max(1, batch_size // len(images))
     images = images.clone().requires_grad_(True)
     noise = NOISE_LEVEL * float(images.detach().amax() - images.detach().amin())
     if method == "input_x_gradient":
         return captum.InputXGradient(model).attribute(images, target=target)
     if method == "integrated_gradients":
-        return captum.IntegratedGradients(model).attribute(images, target=target, n_steps=INTEGRATION_POINTS)
+        return captum.IntegratedGradients(model).attribute(
+            images,
+            target=target,
+            n_steps=INTEGRATION_POINTS,
+            internal_batch_size=None if at_once >= INTEGRATION_POINTS else at_once * len(images),
+        )
     if method == "smooth_grad":
         return captum.NoiseTunnel(captum.Saliency(model)).attribute(
-            images, nt_samples=SMOOTH_GRAD_COPIES, stdevs=noise, target=target, abs=False
+            images,
+            nt_samples=SMOOTH_GRAD_COPIES,
+            nt_samples_batch_size=min(SMOOTH_GRAD_COPIES, at_once),
+            stdevs=noise,
+            target=target,
+            abs=False,
         )
     if method == "gradient_shap":
         return captum.GradientShap(model).attribute(
@@ -199,3 +247,177 @@ def _deep_lift(model: ScoreModel, images: Tensor, target: Tensor) -> Tensor:
             "integrated_gradients works without."
         )
     return values
+
+
+def _grad_cam(model: LogitsModel, images: Tensor, target: Tensor, score: str, signed: bool) -> Tensor:
+    """Grad-CAM at the last layer on whose map the score depends: (B, H, W).
+
+    Selvaraju et al. 2017, Equations 1 and 2: every channel of the map is weighted by the mean of the score's gradient
+    over its positions; the sum over the channels is cut off at zero.
+    """
+    leaf = images.clone().requires_grad_(True)
+    size = _input_size(model, images)
+    with _maps_kept(model.model, len(images), size) as kept:
+        value = class_score(model(leaf), target, score).sum()
+    for layer, output in reversed(kept):
+        (gradient,) = torch.autograd.grad(value, output, retain_graph=True, allow_unused=True)
+        slopes = None if gradient is None else _as_map(layer, gradient, size)
+        # Behind the last attention of a ViT the class token alone counts: the patches have no gradient there.
+        if slopes is not None and bool(slopes.any()):
+            channels = _as_map(layer, output.detach(), size)
+            assert channels is not None
+            weighted = (slopes.mean(dim=(2, 3), keepdim=True) * channels).sum(dim=1)
+            return _at_native_resolution(weighted if signed else weighted.clamp_min(0), model, images, size)
+    raise ValueError(
+        f"grad_cam cannot explain {type(model.model).__name__}: it has no layer whose output is a map over the image "
+        "(of a convolution, or of the tokens behind a LayerNorm) and on which the class depends; 'gradient' and "
+        "'integrated_gradients' work without"
+    )
+
+
+@contextlib.contextmanager
+def _maps_kept(network: nn.Module, batch: int, size: tuple[int, int]) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Every layer of the forward passes within whose output is a map over the image, with its output, in order."""
+    kept: list[tuple[nn.Module, Tensor]] = []
+
+    def keep(layer: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(layer, _PASSING) or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        if len(output) == batch and _as_map(layer, output, size) is not None:
+            kept.append((layer, output))
+
+    hooks = [layer.register_forward_hook(keep) for layer in network.modules()]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _as_map(layer: nn.Module, values: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """A layer's output (or its gradient) as a map over the image, (B, D, h, w); `None` where it is none."""
+    if values.ndim == 4:
+        # Swin's norms have the channels last, those of ConvNeXT come both ways.
+        is_last = isinstance(layer, nn.LayerNorm) and values.shape[1] != layer.normalized_shape[-1]
+        channels_first = values.permute(0, 3, 1, 2) if is_last else values
+        return channels_first if channels_first[0, 0].numel() > 1 else None
+    found = patch_grid(values.shape[1], size) if values.ndim == 3 else None
+    if found is None or not isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return None
+    first, rows, columns = found
+    return values[:, first:].transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def patch_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int, int] | None:
+    """How the tokens of a vision transformer lie on its input: tokens before those of the patches, rows and columns.
+
+    Args:
+        tokens: number of all tokens.
+        size: (height, width) of the model's input in pixels; the patches are square.
+
+    Returns:
+        `None` where no grid of at least two square patches, behind at most 16 other tokens, has so many.
+    """
+    height, width = size
+    for first in range(min(_MOST_FIRST_TOKENS, tokens - 2) + 1):
+        patches = tokens - first
+        rows = math.isqrt(patches * height // width)
+        if rows and patches % rows == 0 and rows * width == patches // rows * height:
+            return first, rows, patches // rows
+    return None
+
+
+def _attention_rollout(model: LogitsModel, images: Tensor) -> Tensor:
+    """Attention rollout: (B, H, W), at least 0, the share of every position in the class token behind the last layer.
+
+    Abnar and Zuidema 2020, Equation 1: the weights of a layer are the mean over its heads; the residual connection
+    counts as much as the attention (0.5 A + 0.5 I); the layers are multiplied. Where there is no class token, the mean
+    over all tokens is taken.
+    """
+    size = _input_size(model, images)
+    attentions = _attention_weights(model, images)
+    tokens = attentions[0].shape[-1]
+    found = patch_grid(tokens, size)
+    if found is None:
+        raise ValueError(
+            f"{_no_rollout(model)} its {tokens} tokens are no grid of patches of {size[0]}x{size[1]} pixels"
+        )
+    first, rows, columns = found
+    identity = torch.eye(tokens, dtype=attentions[0].dtype, device=attentions[0].device)
+    rollout = identity
+    for weights in attentions:
+        rollout = (weights.mean(dim=1) + identity) / 2 @ rollout
+    shares = rollout[:, 0] if first else rollout.mean(dim=1)
+    return _at_native_resolution(shares[:, first:].unflatten(1, (rows, columns)), model, images, size)
+
+
+def _attention_weights(model: LogitsModel, images: Tensor) -> tuple[Tensor, ...]:
+    """Of every layer, (B, heads, tokens, tokens).
+
+    Raises:
+        ValueError: the model does not return them, or its layers attend over windows or over fewer tokens.
+    """
+    inputs = images if model.resize is None else model.resize(images)
+    asked = {"output_attentions": True}
+    try:
+        with torch.no_grad(), _eager_attention(model.model):
+            outputs, _ = run_classifier(model.model, inputs, asked, by_name=model.by_name)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_no_rollout(model)} it does not return them ({error})") from error
+    weights: tuple[Tensor, ...] = getattr(outputs, "attentions", None) or ()
+    shapes = {None if one is None else one.shape for one in weights}
+    if len(shapes) != 1 or None in shapes:
+        raise ValueError(f"{_no_rollout(model)} it returns {'them of several shapes' if shapes else 'none'}")
+    if weights[0].ndim != 4 or len(weights[0]) != len(images) or weights[0].shape[-1] != weights[0].shape[-2]:
+        raise ValueError(f"{_no_rollout(model)} it returns them in the shape {tuple(weights[0].shape)}")
+    return tuple(one.to(torch.promote_types(one.dtype, torch.float32)) for one in weights)
+
+
+def _no_rollout(model: LogitsModel) -> str:
+    return (
+        f"attention_rollout cannot explain {type(model.model).__name__}: it takes the attention weights of a ViT of "
+        "transformers whose layers all attend over all tokens ('grad_cam' works without; timm's models return no "
+        "attention weights);"
+    )
+
+
+@contextlib.contextmanager
+def _eager_attention(network: nn.Module) -> Iterator[None]:
+    """Attention written out, where it is fused otherwise: fused kernels do not give the weights."""
+    before = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    if before is None or before == "eager":
+        yield
+        return
+    network.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(before)
+
+
+def _input_size(model: LogitsModel, images: Tensor) -> tuple[int, int]:
+    """Height and width of what the network itself gets."""
+    with torch.no_grad():
+        height, width = (images if model.resize is None else model.resize(images[:1])).shape[-2:]
+    return height, width
+
+
+def _at_native_resolution(maps: Tensor, model: LogitsModel, images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps on a layer's grid (B, h, w) at the images' resolution (B, H, W), in float32 or wider.
+
+    Interpolated to the network's input; every pixel of the image then has the mean of the input's pixels that it is a
+    part of, weighted as `resize` weighs it, and 0 where it is a part of none. These weights are the gradient of the
+    resizing, whatever it crops.
+    """
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    at_input = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)
+    if model.resize is None:
+        return at_input[:, 0]
+    leaf = torch.zeros_like(images, dtype=maps.dtype).requires_grad_(True)
+    resized = model.resize(leaf)
+    shares, weights = (
+        torch.autograd.grad(resized, leaf, one.expand_as(resized), retain_graph=True)[0][:, 0]
+        for one in (at_input, torch.ones_like(at_input))
+    )
+    is_seen = weights > _LEAST_WEIGHT * weights.amax()
+    return torch.where(is_seen, shares / weights, 0)

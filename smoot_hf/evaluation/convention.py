@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..functional.removal import Fill, check_choice, even_fractions, removed_counts
 from ..models.logits import AttributionScore
+from .attributions import WITHOUT_SCORE
 
 Target = Literal["label", "predicted"]
 Normalisation = Literal["none", "span"]
@@ -22,8 +23,8 @@ class Convention:
 
     Attributes:
         attribution: the method that ranks the positions, by name.
-        score: whose gradient it is, the `"logit"` or `"log_prob"` of the class; `None` where the order is random, or a
-            function of the caller's, which decides for itself, ranks the positions.
+        score: whose gradient it is, the `"logit"` or `"log_prob"` of the class; `None` where the order is random, that
+            of the attention weights, or of a function of the caller's, which decides for itself.
         signed: ranked by the signed value or (`False`) by the magnitude, see `attributions.attribute`; `None` as above.
         target: the class that is explained and followed: the true `"label"`, or the one `"predicted"` on the whole
             image.
@@ -115,7 +116,7 @@ def resolve_convention(
     Args:
         convention: `"default"`, `"paper"`, or a `Convention`.
         attribution: the name of a method, or a function of the caller's, which goes by its own name and leaves `score`
-            and `signed` open, as `"random"` does; `None` leaves the convention's.
+            and `signed` open, as `"random"` and `"attention_rollout"` do; `None` leaves the convention's.
         steps: number of even steps between the convention's end points, at least 1; `None` leaves its fractions.
         fill: `None` leaves the convention's.
         cell: `None` leaves the convention's.
@@ -130,7 +131,7 @@ def resolve_convention(
     if callable(attribution):
         name = getattr(attribution, "__name__", type(attribution).__name__)
         convention = dataclasses.replace(convention, attribution=name, score=None, signed=None)
-    elif attribution == "random":
+    elif attribution in WITHOUT_SCORE:
         convention = dataclasses.replace(convention, attribution=attribution, score=None, signed=None)
     elif attribution is not None:
         convention = dataclasses.replace(convention, attribution=attribution)

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 from .. import __version__
 
-# Subcommand, which is also the module of this package that does it -> what it does.
+# Subcommand -> what it does. The module of this package that does it has its name, with underscores for hyphens.
 SUBCOMMANDS = {
     "train": "Train an image classifier with SMOOT, SGT or in the standard way.",
     "evaluate": "Measure how faithful the saliency of a trained checkpoint is.",
     "compare": "Train and compare the methods over several seeds, and write one report.",
     "campaign": "Run many short trainings of many settings and seeds, each judged, in a queue.",
+    "explain": "Draw what a trained model looks at over images of your own.",
     "demo": "Open a page that shows what trained models look at.",
+    "fetch-backbone": "Write a pretrained model for photographs into a folder, without the Hub.",
 }
 
 
@@ -47,4 +49,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = make_parser().parse_args(argv)
     sys.argv[0] = f"smoot-hf {options.subcommand}"
-    importlib.import_module(f".{options.subcommand}", __package__).main(argv=options.flags)
+    module = options.subcommand.replace("-", "_")
+    importlib.import_module(f".{module}", __package__).main(argv=options.flags)

@@ -2,6 +2,7 @@
 
     smoot-hf demo runs/compare-digits
     smoot-hf demo CHECKPOINT [CHECKPOINT ...] [--dataset DATA] [--port 7860] [--space FOLDER] [--config FILE]
+        [--attribution NAME]
 
 Needs gradio: pip install 'smoot-hf[demo,recipes]'. Time: seconds to start.
 
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .evaluate import ATTRIBUTIONS
 from .flags import OneLineParser, add_config, with_config
 
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="Folder or Hub id, one or several.")
     parser.add_argument("--dataset", help="Of the examples (default: what the first run's record says).")
+    parser.add_argument("--attribution", choices=ATTRIBUTIONS, default="gradient", help="Default: gradient.")
     parser.add_argument("--port", type=int, default=7860, help="Of the page (default 7860).")
     parser.add_argument("--space", type=Path, metavar="FOLDER", help="Write a Space instead of serving the page.")
     add_config(parser)
@@ -43,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         test = recorded_images(Path(next(iter(names.values()))), "test", options.dataset)
         loaded = {name: load_checkpoint(path, test, "cpu") for name, path in names.items()}
         if options.space is not None:
-            write_space(options.space, names, choose_examples(test))
+            write_space(options.space, names, choose_examples(test), options.attribution)
             print(f"written to {options.space}")
             return
-        page = make_page(loaded, choose_examples(test))
+        page = make_page(loaded, choose_examples(test), options.attribution)
         # Without blocking, so that a port in use is told like every other error.
         page.launch(server_port=options.port, prevent_thread_lock=True, **launch_settings())
     except (ValueError, OSError, ImportError) as error:

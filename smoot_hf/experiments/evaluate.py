@@ -59,6 +59,8 @@ ATTRIBUTIONS = (
     "smooth_grad",
     "gradient_shap",
     "deep_lift",
+    "grad_cam",
+    "attention_rollout",
     "random",
 )
 PLANTED = ("plain", "block", "block-fixed", "decoy")

@@ -3,8 +3,8 @@
 Ranking, fill and removal are those of `evaluate_faithfulness`; nothing here knows of the page that shows it.
 """
 
-import dataclasses
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..data.decoded_images import on_background
 from ..evaluation import Convention
+from ..evaluation.attributions import Method
+from ..evaluation.convention import resolve_convention
 from ..evaluation.ranked_batches import DataBatch, rank_batch
 from ..functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from ..functional.removal import Fill, even_fractions, removal_ranks, removed_counts
@@ -42,7 +44,7 @@ class Explanation:
     """What one model says of one image, whole and with more and more of its most salient pixels removed.
 
     Attributes:
-        attribution: (H, W), magnitude of the gradient of the predicted class' logit.
+        attribution: (H, W), of the predicted class; by default the magnitude of the gradient of its logit.
         fractions: float64 (S+1,), true fractions removed.
         probability: (S+1,) in [0, 1], of the class predicted for the whole image.
         classes: int64 (S+1,), the class predicted at each fraction; the first is that of the whole image. -1 where the
@@ -57,16 +59,22 @@ class Explanation:
     pictures: np.ndarray
 
 
-def explain(checkpoint: Checkpoint, pixels: Tensor, fill: Fill = "corner") -> Explanation:
+def explain(
+    checkpoint: Checkpoint, pixels: Tensor, fill: Fill = "corner", attribution: Method = "gradient"
+) -> Explanation:
     """Explain one image and remove its most salient pixels step by step.
 
     Args:
         checkpoint: model and input pipeline.
         pixels: uint8 (C, H, W), at native resolution.
         fill: what replaces a removed pixel, see `functional.removal.removal_fill`.
+        attribution: what ranks the pixels.
+
+    Raises:
+        ValueError: the attribution cannot explain the model.
     """
     model, pipeline = checkpoint
-    convention = dataclasses.replace(CONVENTION, fill=fill)
+    convention = resolve_convention(CONVENTION, attribution, fill=fill)
     device = model_device(model)
     nothing = torch.zeros(1, dtype=torch.int64, device=device)
     with untouched(model):
@@ -97,8 +105,29 @@ def read_pixels(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
         shape: (C, H, W) of the models' images.
 
     Raises:
-        ValueError: no image of a known format, one that is damaged, of more than 50 million pixels, or of more than 8
-            bits per channel.
+        ValueError: as `opened`.
+    """
+    with opened(path) as image:
+        return as_pixels(image, shape)
+
+
+def read_photograph(path: str | Path, channels: int) -> Tensor:
+    """An image file of anybody's at its own size, upright: uint8 (C, H, W).
+
+    Raises:
+        ValueError: as `opened`.
+    """
+    with opened(path) as image:
+        return _tensor_of(_upright(image, channels))
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file of anybody's; what goes wrong with it here and within is a `ValueError` in one sentence.
+
+    Raises:
+        ValueError: no such file, no image of a known format, one that is damaged, of more than 50 million pixels, or of
+            more than 8 bits per channel.
     """
     try:
         # The file's own header says the size; a few bytes can stand for any number of equal pixels.
@@ -108,13 +137,15 @@ def read_pixels(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
                     f"the image has {image.width}x{image.height} pixels, at most {MOST_PIXELS // 10**6} million are "
                     "taken: make it smaller first"
                 )
-            return as_pixels(image, shape)
+            yield image
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"the image has more pixels than the {MOST_PIXELS // 10**6} million that are taken: make it smaller first"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"the file is no image of a known format: {', '.join(_FORMATS)}") from error
+    except FileNotFoundError as error:
+        raise ValueError("there is no such file") from error
     except (OSError, SyntaxError) as error:  # what Pillow's decoders raise of damaged files
         raise ValueError(f"the image cannot be decoded: {error}") from error
 
@@ -128,11 +159,21 @@ def as_pixels(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
         ValueError: more than 8 bits per channel.
     """
     channels, height, width = shape
+    upright = _upright(image, channels)
+    return _tensor_of(ImageOps.fit(upright, (width, height), method=Image.Resampling.BOX))
+
+
+def _upright(image: Image.Image, channels: int) -> Image.Image:
+    """Turned as its EXIF data say, laid on white where it is transparent, in grey or in colours."""
     if image.mode not in _SHALLOW:
         raise ValueError(f"images of mode {image.mode!r} have more than 8 bits per channel: convert it to 8 bits first")
-    upright = on_background(ImageOps.exif_transpose(image)).convert(_MODES[channels])
-    small = np.array(ImageOps.fit(upright, (width, height), method=Image.Resampling.BOX))
-    return torch.from_numpy(small.reshape(height, width, channels).transpose(2, 0, 1).copy())
+    return on_background(ImageOps.exif_transpose(image)).convert(_MODES[channels])
+
+
+def _tensor_of(image: Image.Image) -> Tensor:
+    """uint8 (C, H, W)."""
+    pixels = np.array(image)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
 
 
 def enlarged(picture: np.ndarray, side: int = 224) -> Image.Image:

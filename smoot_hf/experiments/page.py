@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..data.decoded_images import DecodedImages
+from ..evaluation.attributions import Method
 from ..markup import one_line
 from .checkpoint import Checkpoint
 from .explanation import STEPS, Explanation, draw_fall, enlarged, explain, read_pixels, saliency_picture
@@ -68,14 +69,18 @@ def picture_html(picture: Image.Image, description: str) -> str:
     return f'<img class="picture" alt="{html.escape(description)}" src="data:image/png;base64,{content}">'
 
 
-def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]) -> Any:
+def make_page(
+    checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example], attribution: Method = "gradient"
+) -> Any:
     """The page, a `gradio.Blocks`; see `launch_settings`.
 
     Args:
         checkpoints: model -> checkpoint.
         examples: at least one; they say the size and the channels of images.
+        attribution: what ranks the pixels.
 
     Raises:
+        ValueError: the attribution cannot explain one of the models.
         ImportError: without gradio.
     """
     try:
@@ -83,6 +88,9 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
     except ImportError as error:
         raise ImportError("the demo needs gradio: pip install 'smoot-hf[demo]'") from error
     shape: Any = tuple(examples[0].pixels.shape)
+    for checkpoint in checkpoints.values():
+        # Whether it can be explained shows here, and not to the first visitor.
+        explain(checkpoint, examples[0].pixels, attribution=attribution)
     files = ExampleFiles(examples)
     labels = {name: _labels(checkpoint) for name, checkpoint in checkpoints.items()}
     colours = {name: colour for name, (colour, _) in style(list(checkpoints)).items()}
@@ -95,7 +103,7 @@ def make_page(checkpoints: Mapping[str, Checkpoint], examples: Sequence[Example]
             pixels = read_pixels(file, shape)
         except ValueError as error:
             raise gr.Error(str(error)) from error
-        found = {name: explain(checkpoint, pixels, fill) for name, checkpoint in checkpoints.items()}
+        found = {name: explain(checkpoint, pixels, fill, attribution) for name, checkpoint in checkpoints.items()}
         return [found, *show(found, removed)]
 
     def show(found: Mapping[str, Explanation] | None, removed: float) -> list[Any]:

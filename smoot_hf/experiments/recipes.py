@@ -1,6 +1,7 @@
 """The recipes: the settings with which each data set is trained, by name.
 
-The header of recipes/train_<name>.py in the repository gives the reason for each of them, and what to expect.
+The header of recipes/train_<name>.py in the repository (for photos: finetune_photos.py) gives the reason for each of
+them, and what to expect.
 """
 
 from typing import Any
@@ -51,4 +52,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},
     "cifar10": _CIFAR10,
     "cifar100": {**_CIFAR10, "dataset": "uoft-cs/cifar100", "label_column": "fine_label"},
+    "photos": {
+        "dataset": "photos",
+        "model": "efficientnet-lite0",
+        "convert_rgb": True,
+        "image_size": 224,
+        "horizontal_flip": True,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+        "step_unit": "percent",
+        "step_size": 1.0,
+        "rounding": "trunc",
+        "saliency_score": "log_prob",
+        "kl_gradient": "masked",
+        "card_samples": 32,
+    },
 }

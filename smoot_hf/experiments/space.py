@@ -15,6 +15,7 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from ..evaluation.attributions import Method
 from ..markup import markdown_text
 from .checkpoint import read_checkpoint, saved_model
 from .page import Example, make_page
@@ -31,7 +32,7 @@ from pathlib import Path
 from smoot_hf.experiments.page import launch_settings
 from smoot_hf.experiments.space import read_page
 
-demo = read_page(Path(__file__).parent)
+demo = read_page(Path(__file__).parent, "{attribution}")
 
 if __name__ == "__main__":
     demo.launch(**launch_settings())
@@ -51,13 +52,16 @@ Written by `smoot-hf demo --space`; the models are in `checkpoints`, the example
 """
 
 
-def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence[Example]) -> None:
+def write_space(
+    folder: Path, checkpoints: Mapping[str, str], examples: Sequence[Example], attribution: Method = "gradient"
+) -> None:
     """Write everything that the page needs.
 
     Args:
         folder: must not exist, or be empty.
         checkpoints: name on the page -> folder or Hub id.
         examples: test images.
+        attribution: what ranks the pixels.
 
     Raises:
         ValueError: the folder holds something.
@@ -87,7 +91,7 @@ def write_space(folder: Path, checkpoints: Mapping[str, str], examples: Sequence
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PACKAGE / file, copy)
     (folder / "requirements.txt").write_text("\n".join(installed_requirements()) + "\n", encoding="utf-8")
-    (folder / "app.py").write_text(_APP, encoding="utf-8")
+    (folder / "app.py").write_text(_APP.format(attribution=attribution), encoding="utf-8")
     # A Space's own default is older than this package allows.
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     names = ", ".join(map(markdown_text, checkpoints))
@@ -126,8 +130,8 @@ def _place(number: int) -> str:
     return f"checkpoints/{number:02}"
 
 
-def read_page(folder: Path) -> Any:
-    """The page of a folder that `write_space` wrote."""
+def read_page(folder: Path, attribution: Method = "gradient") -> Any:
+    """The page of a folder that `write_space` wrote, with the attribution that ranks the pixels."""
     names = json.loads((folder / "order.json").read_text(encoding="utf-8"))
     checkpoints = {name: read_checkpoint(str(folder / _place(number)), "cpu") for number, name in enumerate(names)}
     examples = []
@@ -136,4 +140,4 @@ def read_page(folder: Path) -> Any:
         picture = np.array(Image.open(folder / "examples" / row["file_name"]))
         channels_last = torch.from_numpy(picture.reshape(*picture.shape[:2], -1))
         examples.append(Example(channels_last.permute(2, 0, 1), row["label"]))
-    return make_page(checkpoints, examples)
+    return make_page(checkpoints, examples, attribution)

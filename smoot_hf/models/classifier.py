@@ -81,6 +81,9 @@ def load_model(
     trained_for = class_names(config)
     # Set afterwards: `from_pretrained` complains where the number of classes changes.
     config.id2label, config.label2id = names["id2label"], names["label2id"]
+    if hasattr(config, "label_names"):
+        # A saved model of timm names its classes here as well, and this is what it saves.
+        config.label_names = labels
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and type(config) is not PaperCnnConfig:
         raise ValueError(f"model {name!r} is a {config.model_type!r}, of which transformers has no image classifier")
     if from_scratch:

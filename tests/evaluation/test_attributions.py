@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTConfig,
@@ -23,11 +28,20 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from smoot_hf import functional as SF
-from smoot_hf.evaluation.attributions import NOISE_LEVEL, attribute, captum_methods
+from smoot_hf.data import InputPipeline
+from smoot_hf.evaluation.attributions import NOISE_LEVEL, attribute, captum_methods, patch_grid
 from smoot_hf.models.logits import LogitsModel
 
 CLASSES = 4
-METHODS = ["gradient", "input_x_gradient", "integrated_gradients", "smooth_grad", "gradient_shap", "random"]
+METHODS = [
+    "gradient",
+    "input_x_gradient",
+    "integrated_gradients",
+    "smooth_grad",
+    "gradient_shap",
+    "grad_cam",
+    "random",
+]
 
 
 class FunctionalRelu(nn.Module):
@@ -260,6 +274,232 @@ def test_a_model_of_ones_own_gets_its_images_by_name():
     images = torch.randn(2, 3, 4, 4)
     model = OwnModel(ViTConfig())
     assert torch.equal(LogitsModel(model)(images), model.head(images.mean(dim=(2, 3))))
+
+
+def pooled_cnn(channels=5):
+    """Maps of the images' size, their mean, and a linear layer; in float64."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(channels, CLASSES)).double().eval()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("score", ["logit", "log_prob"])
+def test_grad_cam_of_a_pooled_network_by_hand(signed, score):
+    """Catches another layer, weights that are not the mean gradient, and a sum that is not cut off at zero.
+
+    The gradient of a logit of such a network is w_k / (H W) at every position of channel k.
+    """
+    images, target, rows = batch()
+    images, model = images.double(), pooled_cnn()
+    weight, bias = model[4].weight.detach(), model[4].bias.detach()
+    found = attribute(LogitsModel(model), images, target, rows, method="grad_cam", signed=signed, score=score)
+    activations = model[1](model[0](images)).detach()
+    for b in range(3):
+        slope = weight[target[b]]
+        if score == "log_prob":
+            slope = slope - (weight @ activations[b].mean(dim=(1, 2)) + bias).softmax(0) @ weight
+        for i in range(8):
+            for j in range(8):
+                expected = sum(slope[k] / 64 * activations[b, k, i, j] for k in range(5))
+                expected = expected if signed else max(expected, torch.zeros(()).double())
+                # float64, some dozens of additions.
+                assert abs(found[b, i, j] - expected) < 1e-12
+
+
+@pytest.mark.parametrize(("build", "layer", "side"), [(modular, "2", 8), (timm_wrapper, "timm_model.layer4", 64)])
+def test_grad_cam_of_a_cnn_is_captums(build, layer, side):
+    """Catches a stem or a middle layer in the place of the last stage, and another interpolation to the images."""
+    images, target, rows = batch(side)
+    model = LogitsModel(build())
+    found = attribute(model, images, target, rows, method="grad_cam")
+    cam = captum_methods().LayerGradCam(model, model.model.get_submodule(layer))
+    coarse = cam.attribute(images, target=target, relu_attributions=True).detach()
+    assert coarse.shape[-1] > 1
+    expected = F.interpolate(coarse, (side, side), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_grad_cam_of_a_vit_takes_the_tokens_before_the_last_attention():
+    """Catches the tokens behind it, whose gradient is zero but for the class token, and patches in another order."""
+    images, target, rows = batch()
+    model = vit().double()
+    found = attribute(LogitsModel(model), images.double(), target, rows, method="grad_cam", signed=True)
+    kept = []
+    norm = model.get_submodule("vit.layers.1.layernorm_before")
+    hook = norm.register_forward_hook(lambda layer, inputs, output: kept.append(output))
+    value = model(pixel_values=images.double()).logits.gather(1, target[:, None]).sum()
+    hook.remove()
+    (slopes,) = torch.autograd.grad(value, kept[0])
+    for b in range(3):
+        weights = slopes[b, 1:].mean(dim=0)
+        grid = torch.stack([(kept[0][b, token] * weights).sum() for token in range(1, 5)]).reshape(1, 1, 2, 2)
+        expected = F.interpolate(grid, (8, 8), mode="bilinear", align_corners=False)[0, 0]
+        torch.testing.assert_close(found[b], expected.detach())
+
+
+def swin():
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    return SwinForImageClassification(SwinConfig(image_size=32, patch_size=4, num_labels=CLASSES, **sizes)).eval()
+
+
+def timm_model(architecture, **settings):
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture=architecture, num_labels=CLASSES, model_args=settings)
+    return TimmWrapperForImageClassification(config).eval()
+
+
+SMALL_SWIN = {"img_size": 32, "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("build", "side"),
+    [
+        (swin, 32),
+        (lambda: timm_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2), 32),
+        (lambda: timm_model("swin_tiny_patch4_window7_224", **SMALL_SWIN), 32),
+        (lambda: timm_model("convnext_atto", depths=(1, 1, 1, 1)), 64),
+        (lambda: timm_model("tf_efficientnet_lite0"), 64),
+    ],
+    ids=["swin", "timm-vit", "timm-swin", "timm-convnext", "timm-efficientnet"],
+)
+def test_grad_cam_finds_a_map_in_every_kind_of_network(build, side):
+    """Catches tokens or channels-last maps that are read as something else, which ends in an error or a flat map."""
+    images, target, rows = batch(side)
+    found = attribute(LogitsModel(build()), images, target, rows, method="grad_cam", signed=True)
+    assert found.shape == (3, side, side)
+    assert bool((found.flatten(1).std(dim=1) > 0).all())
+
+
+def test_a_map_of_what_the_model_crops_lies_where_it_was_cropped():
+    """Catches a map that is stretched over the whole image, though the model sees its centre alone."""
+    images = torch.zeros(1, 3, 32, 32)
+    images[..., 20:24, 20:24] = 4.0
+    model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)).eval()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1.0)
+    # Enlarged to 64 pixels, of which the middle 32 are kept: of the image the rows and columns 8 to 23.
+    pipeline = InputPipeline((0.5,) * 3, (0.5,) * 3, size=64, crop_size=(32, 32))
+    scorer = LogitsModel(model, pipeline.resize)
+    found = attribute(scorer, images, torch.zeros(1).long(), torch.zeros(1).long(), method="grad_cam", signed=True)[0]
+    # The map is nowhere 0 but where it was cropped away.
+    assert found.nonzero().amin(dim=0).tolist() == [8, 8]
+    assert found.nonzero().amax(dim=0).tolist() == [23, 23]
+    bright = found > (found[8:24, 8:24].amax() + found[8:24, 8:24].amin()) / 2
+    assert bright.nonzero().amin(dim=0).tolist() == [20, 20]
+    assert bright.nonzero().amax(dim=0).tolist() == [23, 23]
+
+
+def deit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return DeiTForImageClassification(DeiTConfig(image_size=8, patch_size=4, num_labels=CLASSES, **sizes)).eval()
+
+
+def slow_attention(model, images, layer):
+    """softmax(q k / sqrt(d)) of every head of a layer of a tiny ViT, from what its projections give."""
+    projected = {}
+    hooks = [
+        model.get_submodule(f"vit.layers.{layer}.attention.{name}_proj").register_forward_hook(
+            lambda module, inputs, output, name=name: projected.update({name: output.detach()})
+        )
+        for name in "qk"
+    ]
+    model(pixel_values=images)
+    for hook in hooks:
+        hook.remove()
+    batch_size, tokens, width = projected["q"].shape
+    weights = torch.zeros(batch_size, 2, tokens, tokens, dtype=images.dtype)
+    for b in range(batch_size):
+        for head in range(2):
+            part = slice(head * width // 2, (head + 1) * width // 2)
+            for i in range(tokens):
+                scores = [projected["q"][b, i, part] @ projected["k"][b, j, part] for j in range(tokens)]
+                weights[b, head, i] = (torch.stack(scores) / math.sqrt(width // 2)).softmax(0)
+    return weights
+
+
+def test_attention_rollout_by_hand():
+    """Catches another order of the layers, a residual connection left out, and the row of another token.
+
+    Abnar and Zuidema 2020, Equation 1: rollout(l) = (0.5 A(l) + 0.5 I) rollout(l - 1), A the mean over the heads.
+    """
+    images, target, rows = batch()
+    images, model = images.double(), vit().double()
+    # Far from uniform attention, of which all layers would be the same.
+    for layer in range(2):
+        nn.init.normal_(model.get_submodule(f"vit.layers.{layer}.attention.q_proj").weight)
+        nn.init.normal_(model.get_submodule(f"vit.layers.{layer}.attention.k_proj").weight)
+    found = attribute(LogitsModel(model), images, target, rows, method="attention_rollout")
+    assert model.config._attn_implementation == "sdpa"
+    mixed = [0.5 * slow_attention(model, images, layer).mean(dim=1) + 0.5 * torch.eye(5) for layer in range(2)]
+    for b in range(3):
+        shares = torch.zeros(5, dtype=torch.float64)
+        for patch in range(5):
+            for between in range(5):
+                shares[patch] += mixed[1][b, 0, between] * mixed[0][b, between, patch]
+        grid = shares[1:].reshape(1, 1, 2, 2)
+        expected = F.interpolate(grid, (8, 8), mode="bilinear", align_corners=False)[0, 0]
+        torch.testing.assert_close(found[b], expected)
+
+
+def test_attention_rollout_skips_the_distillation_token():
+    """Catches a grid that begins one token too early, where two stand before the patches."""
+    images, target, rows = batch()
+    model = deit()
+    found = attribute(LogitsModel(model), images, target, rows, method="attention_rollout")
+    model.set_attn_implementation("eager")
+    first, second = model(pixel_values=images, output_attentions=True).attentions
+    shares = ((second.mean(1) + torch.eye(6)) / 2 @ ((first.mean(1) + torch.eye(6)) / 2))[:, 0, 2:].reshape(3, 1, 2, 2)
+    expected = F.interpolate(shares, (8, 8), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(found, expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (resnet, "it returns none|it does not return them"),
+        (lambda: timm_model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=1), "timm's models return no"),
+        (swin, "several shapes|in the shape"),
+        (modular, "it does not return them"),
+    ],
+    ids=["resnet", "timm", "swin", "module"],
+)
+def test_attention_rollout_is_refused_where_there_are_no_weights_to_multiply(build, reason):
+    """Catches an error from inside the model, and windows of an image that are multiplied as if they were images."""
+    images, target, rows = batch(32 if build is swin else 8)
+    model = build()
+    with pytest.raises(ValueError, match="attention_rollout cannot explain") as caught:
+        attribute(LogitsModel(model), images, target, rows, method="attention_rollout")
+    assert any(one in str(caught.value) for one in reason.split("|"))
+
+
+def test_grad_cam_is_refused_where_there_is_no_map():
+    """Catches a map of something else, such as the images themselves."""
+    images, target, rows = batch()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    with pytest.raises(ValueError, match="grad_cam cannot explain Sequential: it has no layer whose output is a map"):
+        attribute(LogitsModel(model), images, target, rows, method="grad_cam")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "expected"),
+    [
+        (197, (224, 224), (1, 14, 14)),
+        (198, (224, 224), (2, 14, 14)),
+        (261, (224, 224), (5, 16, 16)),
+        (49, (224, 224), (0, 7, 7)),
+        (1 + 8 * 4, (64, 32), (1, 8, 4)),
+        (2, (8, 8), None),
+        (200, (224, 224), (4, 14, 14)),
+        (77, (224, 224), (13, 8, 8)),
+    ],
+)
+def test_tokens_lie_on_a_grid_of_square_patches(tokens, size, expected):
+    """Catches rows and columns exchanged, and class tokens taken for patches."""
+    assert patch_grid(tokens, size) == expected
 
 
 def test_captum_is_imported_late():

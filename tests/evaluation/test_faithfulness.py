@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import TinyImages, tiny_vit
 from datasets import Dataset
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -260,6 +261,17 @@ def test_convention_says_what_was_measured():
     assert (own.convention.score, own.convention.signed) == (None, None)
 
 
+def test_attention_rollout_is_measured_without_score_and_sign():
+    """Catches a convention that names a gradient nobody took, and a fused attention that is lost in the measurement."""
+    data = TinyImages(length=6)
+    model = tiny_vit().eval()
+    found = evaluate_faithfulness(model, data, "attention_rollout", steps=2)
+    assert (found.convention.score, found.convention.signed) == (None, None)
+    assert "most salient first by attention_rollout, corner fill" in found.convention.describe()
+    assert found.n == 6
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_random_control_equals_a_random_attribution():
     """Catches a control that is not a function of seed and sample, or shares nothing with the random attribution."""
     data, model = rows(), small_model()
@@ -286,7 +298,9 @@ def backward_attribution(model, images, target):
     return leaf.grad.abs().mean(1)
 
 
-@pytest.mark.parametrize("attribution", ["gradient", "smooth_grad", "gradient_shap", backward_attribution, Failing()])
+@pytest.mark.parametrize(
+    "attribution", ["gradient", "smooth_grad", "gradient_shap", "grad_cam", backward_attribution, Failing()]
+)
 def test_nothing_is_left_behind(attribution):
     """Catches eval mode left on, a frozen BatchNorm set to train, lost or added gradients, moved random states."""
     model, data = small_model(), rows()

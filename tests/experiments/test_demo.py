@@ -83,13 +83,15 @@ class Relabelled(torch.utils.data.Dataset):
         return self.images[self.rows[place]]
 
 
-@pytest.mark.parametrize("fill", ["corner", "mean"])
-def test_curves_are_those_of_the_evaluation(checkpoints, test_images, fill):
+@pytest.mark.parametrize(("fill", "attribution"), [("corner", "gradient"), ("mean", "gradient"), ("mean", "grad_cam")])
+def test_curves_are_those_of_the_evaluation(checkpoints, test_images, fill, attribution):
     """Fault: another ranking, fill, class or fraction than the numbers of the tables rest on."""
     rows = [0, 7, 30]
-    convention = dataclasses.replace(explanation.CONVENTION, fill=fill)
+    convention = dataclasses.replace(explanation.CONVENTION, fill=fill, attribution=attribution)
     for model, pipeline in checkpoints.values():
-        found = [explanation.explain((model, pipeline), test_images[row]["pixel_values"], fill) for row in rows]
+        found = [
+            explanation.explain((model, pipeline), test_images[row]["pixel_values"], fill, attribution) for row in rows
+        ]
         measured = evaluate_faithfulness(
             model, Relabelled(test_images, rows), convention=convention, curves=(), input_pipeline=pipeline
         )
@@ -236,6 +238,13 @@ def test_files_that_are_no_images_are_one_error(tmp_path):
     assert torch.equal(read_pixels(tmp_path / "whole.png", (1, 8, 8)), torch.full((1, 8, 8), 200, dtype=torch.uint8))
 
 
+def test_an_attribution_that_cannot_explain_a_model_is_one_clear_error(comparison, capsys):
+    """Fault: a page that opens, and fails at its first image."""
+    with pytest.raises(SystemExit):
+        demo.main([str(comparison), "--attribution", "attention_rollout"])
+    assert "attention_rollout cannot explain PaperCnn" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_cannot_be_shown_is_one_clear_error(comparison, capsys):
     """Fault: a traceback for a misspelled folder."""
     for argv, message in (
@@ -362,8 +371,10 @@ def test_a_space_holds_models_examples_and_code(comparison, space, checkpoints, 
     assert {"app.py", "smoot_hf", "checkpoints", "examples"} <= {path.name for path in space.iterdir()}
     read = []
     monkeypatch.setattr(space_module, "make_page", lambda *given: read.append(given))
-    space_module.read_page(space)
-    models, examples = read[0]
+    assert 'read_page(Path(__file__).parent, "gradient")' in (space / "app.py").read_text()
+    space_module.read_page(space, "grad_cam")
+    models, examples, attribution = read[0]
+    assert attribution == "grad_cam"
     assert list(models) == list(checkpoints)
     expected = page_module.choose_examples(test_images)
     assert [label for _, label in examples] == [label for _, label in expected]
