@@ -70,6 +70,7 @@ def make_campaign_parser() -> OneLineParser:
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="These settings alone, by name.")
     parser.add_argument("--network", choices=("paper", "small"), help="In place of the file's.")
     parser.add_argument("--source", help="The images, in place of the file's: a Hub id or a local directory.")
+    parser.add_argument("--partners", help="The second image set of the planted set pair, in place of the file's.")
     parser.add_argument("--summary", action="store_true", help="Print the table of the finished runs; train nothing.")
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="Write the finished runs as one file of JSON lines."

@@ -76,8 +76,8 @@ def chosen(plan: Plan, options: argparse.Namespace) -> Plan:
     Raises:
         ValueError: it asks for what a run does not know.
     """
-    if options.source is not None:
-        plan = replace(plan, data={**plan.data, "source": options.source})
+    places = {name: getattr(options, name) for name in ("source", "partners") if getattr(options, name) is not None}
+    plan = replace(plan, data={**plan.data, **places})
     if options.network is not None:
         plan = replace(plan, network=options.network)
     plan.arguments()
