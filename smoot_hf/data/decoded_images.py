@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..fingerprint import dataset_fingerprint
 from .dataset import IMAGE, LABELS, PIXELS, number_as
@@ -38,6 +39,10 @@ class Decoding(NamedTuple):
     convert_rgb: bool = False
     image_size: int | None = None
     background: str = BACKGROUND
+
+
+class UndecodableError(ValueError):
+    """An image that is missing or cannot be decoded."""
 
 
 def pixels_of(image: Image.Image, decoding: Decoding) -> np.ndarray:
@@ -72,15 +77,15 @@ def decode_image(
     """uint8 (C, H, W) of the image that is stored as `value`, upright as its EXIF data say.
 
     Raises:
-        ValueError: there is none, or it cannot be decoded; naming the row and, where there is one, the file.
+        UndecodableError: there is none, or it cannot be decoded; naming the row and, where there is one, the file.
     """
     if value is None:
-        raise ValueError(f"row {row} of split {split!r} has no image (null): remove it")
+        raise UndecodableError(f"row {row} of split {split!r} has no image (null)")
     try:
         return pixels_of(feature.decode_example(_with_bytes(value)), decoding)
     except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, struct.error
         reason = re.sub(r" <_io.*>", "", str(error)) or type(error).__name__  # the address of a buffer helps nobody
-        raise ValueError(f"{_place(value, split, row)} cannot be decoded ({reason}): mend or remove it") from error
+        raise UndecodableError(f"{_place(value, split, row)} cannot be decoded ({reason})") from error
 
 
 def decode_batch(
@@ -102,7 +107,8 @@ def decode_batch(
         split: its name, for errors.
 
     Raises:
-        ValueError: an image that cannot be decoded, or is of another (channels, height, width) than `shape`.
+        UndecodableError: an image that cannot be decoded.
+        ValueError: one of another (channels, height, width) than `shape`.
     """
     arrays = []
     for value, row in zip(batch[IMAGE], rows, strict=True):
@@ -136,6 +142,8 @@ def _place(value: dict[str, Any], split: str, row: int) -> str:
     return f"the image in row {row} of split {split!r}{where}"
 
 
+# How many of the images that cannot be decoded an error names.
+_NAMED_AT_MOST = 5
 # What is held in memory of the decoded images at a time, and the size of a piece of the cache.
 _CHUNK_BYTES = 16 * 2**20
 
@@ -158,8 +166,8 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
 
     Raises:
         ValueError: a split without images, or with classes that the first has not; an image that cannot be decoded,
-            has more than 8 bits per channel or another size than the first, named by row and file; `image_size` below
-            1.
+            has more than 8 bits per channel or another size than the first, named by row and file (of those that
+            cannot be decoded all are counted, and the first few named); `image_size` below 1.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
@@ -173,28 +181,69 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
         for name, split in dataset.items()
     }
     decoding = Decoding(convert_rgb, image_size)
-    shape = decode_image(undecoded[first][0][IMAGE], decoding, feature, first, 0).shape
+    try:
+        shape = decode_image(undecoded[first][0][IMAGE], decoding, feature, first, 0).shape
+        return DatasetDict(
+            {name: _decode_split(split, name, shape, decoding, feature) for name, split in undecoded.items()}
+        )
+    except UndecodableError as error:
+        raise ValueError(_describe_undecodable(undecoded, decoding, feature)) from error
+
+
+def _decode_split(
+    split: Dataset, name: str, shape: tuple[int, int, int], decoding: Decoding, feature: datasets.Image
+) -> Dataset:
+    """One split's rows of pixels, each of that (channels, height, width)."""
     rows = max(1, _CHUNK_BYTES // math.prod(shape))
     channels, height, width = shape
     features = Features(
-        {PIXELS: List(List(List(Value("uint8"), length=width), length=height), length=channels), LABELS: labels}
-    )
-    return DatasetDict(
         {
-            name: split.map(
-                decode_batch,
-                batched=True,
-                with_indices=True,
-                batch_size=rows,
-                writer_batch_size=rows,
-                features=features,
-                remove_columns=[IMAGE],
-                fn_kwargs={"shape": shape, "decoding": decoding, "feature": feature, "split": name},
-                desc=f"Decoding {name} images",
-            )
-            for name, split in undecoded.items()
+            PIXELS: List(List(List(Value("uint8"), length=width), length=height), length=channels),
+            LABELS: split.features[LABELS],
         }
     )
+    return split.map(
+        decode_batch,
+        batched=True,
+        with_indices=True,
+        batch_size=rows,
+        writer_batch_size=rows,
+        features=features,
+        remove_columns=[IMAGE],
+        fn_kwargs={"shape": shape, "decoding": decoding, "feature": feature, "split": name},
+        # Shown before anything is written, and not at all where the cache has the rows.
+        desc=f"Decoding {len(split)} {name} images of {height}x{width}, {_size(len(split) * math.prod(shape))} on disk",
+    )
+
+
+def _size(count: int) -> str:
+    """A number of bytes, in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _describe_undecodable(splits: dict[str, Dataset], decoding: Decoding, feature: datasets.Image) -> str:
+    """All images that cannot be decoded, found in one pass over all splits; the first few are named.
+
+    Runs where one has been found: nobody wants to meet the others one attempt after the other.
+    """
+    found, folder = [], _common_folder(splits)
+    for name, split in splits.items():
+        for row, value in enumerate(tqdm(split[IMAGE], desc=f"Looking for more {name} images that cannot be decoded")):
+            try:
+                decode_image(value, decoding, feature, name, row)
+            except UndecodableError as error:
+                # Files are named by their paths below the data set's folder.
+                found.append(str(error).replace(f"({folder}{os.sep}", "("))
+    if len(found) == 1:
+        return f"{found[0]}: mend or remove it"
+    more = f"; and {len(found) - _NAMED_AT_MOST} more" if len(found) > _NAMED_AT_MOST else ""
+    return f"{len(found)} images cannot be used, mend or remove them: {'; '.join(found[:_NAMED_AT_MOST])}{more}"
+
+
+def _common_folder(splits: dict[str, Dataset]) -> str | None:
+    """The folder that all image files of a data set lie in; `None` where they are none on this machine."""
+    paths = [value["path"] for split in splits.values() for value in split[IMAGE] if value and value["path"]]
+    return os.path.commonpath([os.path.dirname(path) for path in paths]) if any(map(os.path.isabs, paths)) else None
 
 
 class DecodedImages(torch.utils.data.Dataset):
