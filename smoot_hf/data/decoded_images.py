@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..fingerprint import dataset_fingerprint
 from .dataset import IMAGE, LABELS, PIXELS, number_as
+from .input_pipeline import InputPipeline
 
 # What shows through where an image is transparent. Drawings on nothing are mostly dark, and on paper white.
 BACKGROUND = "white"
@@ -34,11 +36,13 @@ class Decoding(NamedTuple):
         convert_rgb: three channels for grey images as well.
         image_size: side of the square that images are resized and cropped to, in pixels; `None`: as they are.
         background: colour that shows through transparency.
+        resizing: what else brings images to one size: the fields of a pipeline that say so, and no others.
     """
 
     convert_rgb: bool = False
     image_size: int | None = None
     background: str = BACKGROUND
+    resizing: InputPipeline | None = None
 
 
 class UndecodableError(ValueError):
@@ -58,7 +62,10 @@ def pixels_of(image: Image.Image, decoding: Decoding) -> np.ndarray:
     if decoding.image_size is not None:
         flat = ImageOps.fit(flat, (decoding.image_size, decoding.image_size), Image.Resampling.BILINEAR)
     array = np.asarray(flat)
-    return array[None] if is_grey else array.transpose(2, 0, 1)
+    array = array[None] if is_grey else array.transpose(2, 0, 1)
+    if decoding.resizing is not None:
+        array = decoding.resizing.resize_images(torch.tensor(array)[None])[0].numpy()
+    return array
 
 
 def on_background(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
@@ -148,7 +155,13 @@ _NAMED_AT_MOST = 5
 _CHUNK_BYTES = 16 * 2**20
 
 
-def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size: int | None = None) -> DatasetDict:
+def decode_images(
+    dataset: DatasetDict,
+    *,
+    convert_rgb: bool = False,
+    image_size: int | None = None,
+    input_pipeline: InputPipeline | None = None,
+) -> DatasetDict:
     """Decode every image once, into rows of uint8 that are kept in the cache of HF Datasets and memory-mapped.
 
     Grey images (modes L and 1) give one channel, all other 8-bit modes three. Images are turned upright as their EXIF
@@ -159,6 +172,9 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
         convert_rgb: three channels for grey images as well, which pretrained models expect.
         image_size: bring every image to a square of this side in pixels: resized until the shorter side fits
             (bilinear, antialiased), and cropped at the centre. By default images must have one size, and keep it.
+        input_pipeline: bring every image to the size of the model's input as this pipeline does (see `resize_images`
+            of it). Masks then act at that size. What trains and evaluates on such images takes
+            `input_pipeline.with_images_resized()`.
 
     Returns:
         The splits with the columns "pixel_values" (fixed-size lists, C x H x W) and "labels", which are numbered in all
@@ -167,10 +183,15 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
     Raises:
         ValueError: a split without images, or with classes that the first has not; an image that cannot be decoded,
             has more than 8 bits per channel or another size than the first, named by row and file (of those that
-            cannot be decoded all are counted, and the first few named); `image_size` below 1.
+            cannot be decoded all are counted, and the first few named); `image_size` below 1, or beside an
+            `input_pipeline`.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    if image_size is not None and input_pipeline is not None:
+        raise ValueError(
+            f"image_size={image_size} and input_pipeline both say the size of the images: give one of them"
+        )
     for name, split in dataset.items():
         if not len(split):
             raise ValueError(f"split {name!r} of the data set holds no images")
@@ -180,7 +201,7 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
         name: number_as(split, labels, name).cast_column(IMAGE, datasets.Image(decode=False))
         for name, split in dataset.items()
     }
-    decoding = Decoding(convert_rgb, image_size)
+    decoding = Decoding(convert_rgb, image_size, resizing=input_pipeline and _resizing_alone(input_pipeline))
     try:
         shape = decode_image(undecoded[first][0][IMAGE], decoding, feature, first, 0).shape
         return DatasetDict(
@@ -214,6 +235,11 @@ def _decode_split(
         # Shown before anything is written, and not at all where the cache has the rows.
         desc=f"Decoding {len(split)} {name} images of {height}x{width}, {_size(len(split) * math.prod(shape))} on disk",
     )
+
+
+def _resizing_alone(pipeline: InputPipeline) -> InputPipeline:
+    """Without what says nothing about the size, so that the cache serves every seed and augmentation."""
+    return replace(pipeline, mean=(0.0,), std=(1.0,), crop_padding=0, horizontal_flip=False, seed=0, is_resized=False)
 
 
 def _size(count: int) -> str:
@@ -254,16 +280,18 @@ class DecodedImages(torch.utils.data.Dataset):
 
     Args:
         dataset: one split of what `decode_images` gave; may be a selection of its rows.
+        is_resized: whether that was called with an `input_pipeline`.
 
     Raises:
         ValueError: the columns are others, samples without a label (-1), or of a class that has no name.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, *, is_resized: bool = False) -> None:
         if set(dataset.column_names) != {PIXELS, LABELS}:
             raise ValueError(f"expected the columns {PIXELS!r} and {LABELS!r} of decode_images: {dataset.column_names}")
         # Rows picked from all over are written together once, instead of looked up in every batch.
         self.dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        self.is_resized = is_resized
         self._open()
         if len(self._labels) and self._labels.min() < 0:
             raise ValueError("the data set has samples without a label (-1): it cannot be trained or evaluated on")
@@ -286,10 +314,10 @@ class DecodedImages(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A view would be pickled as the pixels themselves.
-        return {"dataset": self.dataset}
+        return {"dataset": self.dataset, "is_resized": self.is_resized}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.dataset = state["dataset"]
+        self.dataset, self.is_resized = state["dataset"], state["is_resized"]
         self._open()
 
     def __len__(self) -> int:

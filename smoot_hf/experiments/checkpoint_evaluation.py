@@ -22,10 +22,10 @@ from ..evaluation.image_classes import ImageClasses, find_image_classes
 from ..evaluation.results import Measurement, Results, Row, describe_environment, faithfulness_row, left_out_notes
 from ..evaluation.sanity_check import WeightRandomization, randomized_weights_correlation
 from ..functional.removal import Fill
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_pipeline
 from .figures import Example, draw_curves, draw_image_classes, try_to_draw
 from .run import write_whole
-from .training_run import decode, limit, load_splits
+from .training_run import load_images
 
 # What a file may hold beside tensors and plain values; anything else in it is refused, and none of its code runs.
 _CLASSES = [Convention, Curve, Faithfulness, ImageClasses, WeightRandomization]
@@ -158,8 +158,8 @@ def choose_device() -> str:
 
 def load_test_images(options: argparse.Namespace) -> DecodedImages:
     """The decoded images of the held-out split; of the training images one is decoded, which says the size of all."""
-    splits = limit(load_splits(options, options.dataset), {"train": 1, "test": options.max_eval_samples})
-    return DecodedImages(decode(splits, options)["test"])
+    sizes = {"train": 1, "test": options.max_eval_samples}
+    return load_images(options, options.dataset, sizes, read_pipeline(options.checkpoint))["test"]
 
 
 def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Namespace, output: Path) -> Results:

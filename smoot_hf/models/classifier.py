@@ -81,8 +81,7 @@ def load_model(
     trained_for = class_names(config)
     # Set afterwards: `from_pretrained` complains where the number of classes changes.
     config.id2label, config.label2id = names["id2label"], names["label2id"]
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and type(config) is not PaperCnnConfig:
-        raise ValueError(f"model {name!r} is a {config.model_type!r}, of which transformers has no image classifier")
+    _check_is_classifier(name, config)
     if from_scratch:
         _fit_config(config, image_size, num_channels, patch_size)
     _check_channels(name, config, num_channels)
@@ -146,6 +145,17 @@ def load_image_processor(
             image_std=list(std),
             do_convert_rgb=not is_grey,
         )
+    return load_pretrained_processor(name)
+
+
+def load_pretrained_processor(name: str) -> Any:
+    """The image processor of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is no image classifier.
+        OSError: it has no image processor, or cannot be reached.
+    """
+    _check_is_classifier(name, _load_config(_checkpoint(name)))
     try:
         return AutoImageProcessor.from_pretrained(_checkpoint(name))
     except OSError as error:
@@ -171,6 +181,11 @@ def _load_config(checkpoint: str) -> Any:
         raise OSError(
             f"cannot load the model {checkpoint!r} ({first_line(error)}): --model takes a local directory as well"
         ) from error
+
+
+def _check_is_classifier(name: str, config: Any) -> None:
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and type(config) is not PaperCnnConfig:
+        raise ValueError(f"model {name!r} is a {config.model_type!r}, of which transformers has no image classifier")
 
 
 def _deit_tiny_config(
