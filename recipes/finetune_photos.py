@@ -21,15 +21,13 @@ crops (standard 62 %), n = 1, see docs/photographs.md.
 
 Settings that differ from the library's defaults, and why:
 
-  image_size, convert_rgb    224 pixels and three channels, as pretrained models take them: the mask lies on the pixels
-                             that the model gets.
   horizontal_flip            photographs have no left and right.
   learning_rate              5e-4 with AdamW and a cosine schedule: fine-tuning.
   num_train_epochs           3: a pretrained model needs few.
   per_device_..._batch_size  16: SMOOT needs 90 MB for each image in a batch of EfficientNet-lite0, and with the
                              library's own kl_gradient 160 MB.
-  step_unit, step_size       percent, 1: ten pixels are nothing of 50,176.
-  rounding                   trunc: the floor of Equation 4 takes a point off for any negative delta, however small.
+  mask_cell, step_size       16, 40: the mask acts on 14x14 cells of 16x16 pixels, and K moves by at most 10 of them.
+  rounding                   nearest: the floor of Equation 4 takes a cell off for any negative delta, however small.
   saliency_score,            log_prob, masked: saliency and gradients of the clean view come from one backward pass,
   kl_gradient                whose graph is freed before the masked view is made. Half the memory.
   card_samples               32: measuring the saliency of an image takes 80 forward passes.

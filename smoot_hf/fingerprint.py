@@ -78,14 +78,40 @@ def _rows_digest(dataset: datasets.Dataset) -> str:
     digest = hashlib.sha256(f"{len(dataset)} {dataset.features}".encode())
     for table in dataset.with_format("arrow").iter(_BATCH):
         for name in sorted(table.column_names):
-            column = _stored(table[name])
             digest.update(name.encode())
+            pixels = _fixed_size_bytes(table[name])
+            if pixels is not None:
+                for part in pixels:
+                    digest.update(part.data)
+                continue
+            column = _stored(table[name])
             if pa.types.is_struct(column.type) and {field.name for field in column.type} == {"bytes", "path"}:
                 for value in column:
                     digest.update(_content(value))
             else:
                 digest.update(_body(column))
     return digest.hexdigest()[:16]
+
+
+def _fixed_size_bytes(column: pa.ChunkedArray) -> list[np.ndarray] | None:
+    """What `_body` gives for lists of fixed sizes, such as pixels, in parts and without a copy; `None` for others.
+
+    A thousand photographs are 150 MB, of which `_stored` and `_body` hold four copies.
+    """
+    if not pa.types.is_fixed_size_list(column.type):
+        return None
+    parts = []
+    for chunk in column.chunks:
+        while pa.types.is_fixed_size_list(chunk.type):
+            if chunk.null_count:
+                return None
+            chunk = chunk.flatten()
+        if chunk.null_count or not (pa.types.is_integer(chunk.type) or pa.types.is_floating(chunk.type)):
+            return None
+        parts.append(chunk.to_numpy(zero_copy_only=True).view(np.uint8))
+    # The format fills up to a multiple of eight bytes.
+    padding = -sum(map(len, parts)) % 8
+    return [*parts, np.zeros(padding, dtype=np.uint8)]
 
 
 def _stored(column: pa.ChunkedArray) -> pa.Array:

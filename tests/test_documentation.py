@@ -63,7 +63,7 @@ def shell_lines(block):
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """A folder with everything that the pages take from elsewhere."""
+    """A folder with everything that the pages take from elsewhere; photographs have several sizes."""
     folder = tmp_path_factory.mktemp("outside")
     generator = torch.Generator().manual_seed(0)
     for split, count in {"train": 8, "test": 4}.items():
@@ -71,7 +71,7 @@ def outside(tmp_path_factory):
             photos = folder / "photos" / split / label
             photos.mkdir(parents=True)
             for number in range(count):
-                pixels = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8, generator=generator)
+                pixels = torch.randint(0, 256, (200 + 16 * number, 240, 3), dtype=torch.uint8, generator=generator)
                 Image.fromarray(pixels.numpy()).save(photos / f"{number}.png")
     vit = ViTConfig(
         image_size=224,

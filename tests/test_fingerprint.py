@@ -1,16 +1,21 @@
 """What identifies a data set is its content, and nothing else."""
 
 import io
+import math
 import shutil
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset, random_split
 
+from smoot_hf import fingerprint
 from smoot_hf.fingerprint import dataset_fingerprint, fingerprints_differ, is_identified
 
 
@@ -190,3 +195,32 @@ def test_a_fingerprint_of_the_first_version_says_nothing_of_a_later_one():
     assert fingerprints_differ(first, first[::-1])
     assert fingerprints_differ(later, dataset_fingerprint(numbers([2])))
     assert fingerprints_differ("my own", later)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    dtype=st.sampled_from([np.uint8, np.int16, np.float32]),
+    start=st.integers(0, 3),
+)
+def test_pixels_read_without_a_copy_are_the_bytes_of_the_format(lengths, shape, dtype, start):
+    """Catches another fingerprint for the same images, under which every saved K would be refused."""
+
+    def rows(count):
+        values = pa.array(np.arange(count * math.prod(shape)).astype(dtype))
+        for length in reversed(shape):
+            values = pa.FixedSizeListArray.from_arrays(values, length)
+        return values
+
+    column = pa.chunked_array([rows(count) for count in lengths]).slice(start)
+    if len(column):
+        parts = fingerprint._fixed_size_bytes(column)
+        assert b"".join(part.tobytes() for part in parts) == bytes(fingerprint._body(fingerprint._stored(column)))
+
+
+def test_lists_with_gaps_are_not_read_as_pixels():
+    """Catches a null that counts as whatever lies in its place."""
+    column = pa.array([[1, 2], None, [3, None]], type=pa.list_(pa.int64(), 2))
+    assert fingerprint._fixed_size_bytes(pa.chunked_array([column])) is None
+    assert fingerprint._fixed_size_bytes(pa.chunked_array([column[2:]])) is None

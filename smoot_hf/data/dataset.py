@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..errors import first_line
 from ..models.class_names import numbers_by_name
+from .image_folder import load_image_folder
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,10 @@ def load_splits(name_or_path: str, train_split: str) -> StoredSplits:
     """
     if name_or_path == "digits":
         return StoredSplits(_digits(), {}, [])
+    folder = Path(name_or_path).expanduser()
+    found = load_image_folder(folder, train_split) if folder.is_dir() else None
+    if found is not None:
+        return StoredSplits(found[0], {}, found[1])
     try:
         builder = datasets.load_dataset_builder(name_or_path, data_files=_files_where_globs_fail(name_or_path))
         unlabelled = _splits_without_class_folders(builder, train_split)
@@ -175,8 +180,9 @@ def load_splits(name_or_path: str, train_split: str) -> StoredSplits:
         builder.download_and_prepare()
         return StoredSplits(builder.as_dataset(), _files_with_schema(builder), unlabelled)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        is_here = os.path.exists(name_or_path)
-        remedy = "mend or replace its files" if is_here else "--dataset takes a local directory as well"
+        remedy = "--dataset takes a local directory as well"
+        if os.path.exists(name_or_path):
+            remedy = "mend or replace its files: Parquet, or a folder for each class with image files that Pillow reads"
         raise OSError(f"cannot load the data set {name_or_path!r} ({first_line(error)}): {remedy}") from error
 
 
@@ -299,7 +305,8 @@ def load_image_dataset(
     of plain integers or strings, all that any split has, sorted.
 
     Args:
-        name_or_path: Hub id; local directory of Parquet files or of an imagefolder; or "digits", scikit-learn's
+        name_or_path: Hub id; local directory of Parquet files, or of image files in a folder for each class, with a
+            folder for each split around them or without (see `load_image_folder`); or "digits", scikit-learn's
             handwritten digits (1,797 images of 8x8 pixels), which need no network.
         image_column: where several columns hold images.
         label_column: where several columns hold class labels, or none is marked as such.
@@ -310,7 +317,8 @@ def load_image_dataset(
 
     Raises:
         ValueError: a column or a split is missing, ambiguous or of the wrong type; samples have no label; files or
-            splits have different classes. The message lists the candidates, or names split and row.
+            splits have different classes; a folder of images has no class, one class, or images beside its class
+            folders. The message lists the candidates, or names split and row.
         OSError: the data are neither in a local directory nor to be had from the Hub.
         ImportError: "digits" without scikit-learn.
     """

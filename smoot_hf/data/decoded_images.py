@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,9 +16,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..fingerprint import dataset_fingerprint
 from .dataset import EVIDENCE, IMAGE, LABELS, PIXELS, number_as
+from .input_pipeline import InputPipeline
 
 # What shows through where an image is transparent. Drawings on nothing are mostly dark, and on paper white.
 BACKGROUND = "white"
@@ -33,11 +36,17 @@ class Decoding(NamedTuple):
         convert_rgb: three channels for grey images as well.
         image_size: side of the square that images are resized and cropped to, in pixels; `None`: as they are.
         background: colour that shows through transparency.
+        resizing: what else brings images to one size: the fields of a pipeline that say so, and no others.
     """
 
     convert_rgb: bool = False
     image_size: int | None = None
     background: str = BACKGROUND
+    resizing: InputPipeline | None = None
+
+
+class UndecodableError(ValueError):
+    """An image that is missing or cannot be decoded."""
 
 
 def pixels_of(image: Image.Image, decoding: Decoding) -> np.ndarray:
@@ -53,7 +62,10 @@ def pixels_of(image: Image.Image, decoding: Decoding) -> np.ndarray:
     if decoding.image_size is not None:
         flat = ImageOps.fit(flat, (decoding.image_size, decoding.image_size), Image.Resampling.BILINEAR)
     array = np.asarray(flat)
-    return array[None] if is_grey else array.transpose(2, 0, 1)
+    array = array[None] if is_grey else array.transpose(2, 0, 1)
+    if decoding.resizing is not None:
+        array = decoding.resizing.resize_images(torch.tensor(array)[None])[0].numpy()
+    return array
 
 
 def on_background(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
@@ -72,15 +84,15 @@ def decode_image(
     """uint8 (C, H, W) of the image that is stored as `value`, upright as its EXIF data say.
 
     Raises:
-        ValueError: there is none, or it cannot be decoded; naming the row and, where there is one, the file.
+        UndecodableError: there is none, or it cannot be decoded; naming the row and, where there is one, the file.
     """
     if value is None:
-        raise ValueError(f"row {row} of split {split!r} has no image (null): remove it")
+        raise UndecodableError(f"row {row} of split {split!r} has no image (null)")
     try:
         return pixels_of(feature.decode_example(_with_bytes(value)), decoding)
     except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, ValueError, struct.error
         reason = re.sub(r" <_io.*>", "", str(error)) or type(error).__name__  # the address of a buffer helps nobody
-        raise ValueError(f"{_place(value, split, row)} cannot be decoded ({reason}): mend or remove it") from error
+        raise UndecodableError(f"{_place(value, split, row)} cannot be decoded ({reason})") from error
 
 
 def decode_batch(
@@ -102,7 +114,8 @@ def decode_batch(
         split: its name, for errors.
 
     Raises:
-        ValueError: an image that cannot be decoded, or is of another (channels, height, width) than `shape`.
+        UndecodableError: an image that cannot be decoded.
+        ValueError: one of another (channels, height, width) than `shape`.
     """
     arrays = []
     for value, row in zip(batch[IMAGE], rows, strict=True):
@@ -149,11 +162,19 @@ def _place(value: dict[str, Any], split: str, row: int) -> str:
     return f"the image in row {row} of split {split!r}{where}"
 
 
+# How many of the images that cannot be decoded an error names.
+_NAMED_AT_MOST = 5
 # What is held in memory of the decoded images at a time, and the size of a piece of the cache.
 _CHUNK_BYTES = 16 * 2**20
 
 
-def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size: int | None = None) -> DatasetDict:
+def decode_images(
+    dataset: DatasetDict,
+    *,
+    convert_rgb: bool = False,
+    image_size: int | None = None,
+    input_pipeline: InputPipeline | None = None,
+) -> DatasetDict:
     """Decode every image once, into rows of uint8 that are kept in the cache of HF Datasets and memory-mapped.
 
     Grey images (modes L and 1) give one channel, all other 8-bit modes three. Images are turned upright as their EXIF
@@ -164,6 +185,9 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
         convert_rgb: three channels for grey images as well, which pretrained models expect.
         image_size: bring every image to a square of this side in pixels: resized until the shorter side fits
             (bilinear, antialiased), and cropped at the centre. By default images must have one size, and keep it.
+        input_pipeline: bring every image to the size of the model's input as this pipeline does (see `resize_images`
+            of it). Masks then act at that size. What trains and evaluates on such images takes
+            `input_pipeline.with_images_resized()`.
 
     Returns:
         The splits with the columns "pixel_values" (fixed-size lists, C x H x W) and "labels", which are numbered in all
@@ -171,11 +195,16 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
 
     Raises:
         ValueError: a split without images, or with classes that the first has not; an image that cannot be decoded,
-            has more than 8 bits per channel or another size than the first, named by row and file; `image_size` below
-            1.
+            has more than 8 bits per channel or another size than the first, named by row and file (of those that
+            cannot be decoded all are counted, and the first few named); `image_size` below 1, or beside an
+            `input_pipeline`.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    if image_size is not None and input_pipeline is not None:
+        raise ValueError(
+            f"image_size={image_size} and input_pipeline both say the size of the images: give one of them"
+        )
     for name, split in dataset.items():
         if not len(split):
             raise ValueError(f"split {name!r} of the data set holds no images")
@@ -185,25 +214,69 @@ def decode_images(dataset: DatasetDict, *, convert_rgb: bool = False, image_size
         name: number_as(split, labels, name).cast_column(IMAGE, datasets.Image(decode=False))
         for name, split in dataset.items()
     }
-    decoding = Decoding(convert_rgb, image_size)
-    shape = decode_image(undecoded[first][0][IMAGE], decoding, feature, first, 0).shape
+    decoding = Decoding(convert_rgb, image_size, resizing=input_pipeline and _resizing_alone(input_pipeline))
+    try:
+        shape = decode_image(undecoded[first][0][IMAGE], decoding, feature, first, 0).shape
+        return DatasetDict(
+            {name: _decode_split(split, name, shape, decoding, feature) for name, split in undecoded.items()}
+        )
+    except UndecodableError as error:
+        raise ValueError(_describe_undecodable(undecoded, decoding, feature)) from error
+
+
+def _decode_split(
+    split: Dataset, name: str, shape: tuple[int, int, int], decoding: Decoding, feature: datasets.Image
+) -> Dataset:
+    """One split's rows of pixels, each of that (channels, height, width)."""
     rows = max(1, _CHUNK_BYTES // math.prod(shape))
-    return DatasetDict(
-        {
-            name: split.map(
-                decode_batch,
-                batched=True,
-                with_indices=True,
-                batch_size=rows,
-                writer_batch_size=rows,
-                features=_features(shape, labels),
-                remove_columns=[IMAGE],
-                fn_kwargs={"shape": shape, "decoding": decoding, "feature": feature, "split": name},
-                desc=f"Decoding {name} images",
-            )
-            for name, split in undecoded.items()
-        }
+    _, height, width = shape
+    return split.map(
+        decode_batch,
+        batched=True,
+        with_indices=True,
+        batch_size=rows,
+        writer_batch_size=rows,
+        features=_features(shape, split.features[LABELS]),
+        remove_columns=[IMAGE],
+        fn_kwargs={"shape": shape, "decoding": decoding, "feature": feature, "split": name},
+        # Shown before anything is written, and not at all where the cache has the rows.
+        desc=f"Decoding {len(split)} {name} images of {height}x{width}, {_size(len(split) * math.prod(shape))} on disk",
     )
+
+
+def _resizing_alone(pipeline: InputPipeline) -> InputPipeline:
+    """Without what says nothing about the size, so that the cache serves every seed and augmentation."""
+    return replace(pipeline, mean=(0.0,), std=(1.0,), crop_padding=0, horizontal_flip=False, seed=0, is_resized=False)
+
+
+def _size(count: int) -> str:
+    """A number of bytes, in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _describe_undecodable(splits: dict[str, Dataset], decoding: Decoding, feature: datasets.Image) -> str:
+    """All images that cannot be decoded, found in one pass over all splits; the first few are named.
+
+    Runs where one has been found: nobody wants to meet the others one attempt after the other.
+    """
+    found, folder = [], _common_folder(splits)
+    for name, split in splits.items():
+        for row, value in enumerate(tqdm(split[IMAGE], desc=f"Looking for more {name} images that cannot be decoded")):
+            try:
+                decode_image(value, decoding, feature, name, row)
+            except UndecodableError as error:
+                # Files are named by their paths below the data set's folder.
+                found.append(str(error).replace(f"({folder}{os.sep}", "("))
+    if len(found) == 1:
+        return f"{found[0]}: mend or remove it"
+    more = f"; and {len(found) - _NAMED_AT_MOST} more" if len(found) > _NAMED_AT_MOST else ""
+    return f"{len(found)} images cannot be used, mend or remove them: {'; '.join(found[:_NAMED_AT_MOST])}{more}"
+
+
+def _common_folder(splits: dict[str, Dataset]) -> str | None:
+    """The folder that all image files of a data set lie in; `None` where they are none on this machine."""
+    paths = [value["path"] for split in splits.values() for value in split[IMAGE] if value and value["path"]]
+    return os.path.commonpath([os.path.dirname(path) for path in paths]) if any(map(os.path.isabs, paths)) else None
 
 
 class DecodedImages(torch.utils.data.Dataset):
@@ -216,18 +289,19 @@ class DecodedImages(torch.utils.data.Dataset):
         dataset: one split of what `decode_images` gave; may be a selection of its rows.
         evidence: bool (N, H, W), `True` where the label of each image can be read; `None` where nobody knows. With it
             every row has the entry "evidence", which `evaluate_localisation` asks for.
+        is_resized: whether that was called with an `input_pipeline`.
 
     Raises:
         ValueError: the columns are others, samples without a label (-1), or of a class that has no name; or evidence
             of another type or shape.
     """
 
-    def __init__(self, dataset: Dataset, evidence: Tensor | None = None) -> None:
+    def __init__(self, dataset: Dataset, evidence: Tensor | None = None, *, is_resized: bool = False) -> None:
         if set(dataset.column_names) != {PIXELS, LABELS}:
             raise ValueError(f"expected the columns {PIXELS!r} and {LABELS!r} of decode_images: {dataset.column_names}")
         # Rows picked from all over are written together once, instead of looked up in every batch.
         self.dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
-        self.evidence = evidence
+        self.evidence, self.is_resized = evidence, is_resized
         self._open()
         expected = len(self), *self.image_shape[1:]
         if evidence is not None and (evidence.dtype != torch.bool or tuple(evidence.shape) != expected):
@@ -269,10 +343,10 @@ class DecodedImages(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A view would be pickled as the pixels themselves.
-        return {"dataset": self.dataset, "evidence": self.evidence}
+        return {"dataset": self.dataset, "evidence": self.evidence, "is_resized": self.is_resized}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.dataset, self.evidence = state["dataset"], state["evidence"]
+        self.dataset, self.evidence, self.is_resized = state["dataset"], state["evidence"], state["is_resized"]
         self._open()
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """The input pipeline: augmentation, normalisation and resizing of uint8 batches, on the device of the model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Self
 
@@ -48,6 +48,8 @@ class InputPipeline:
         crop_padding: augmentation: random crop of the native size after padding each side by that many black pixels.
         horizontal_flip: augmentation: mirror left and right with probability 1/2.
         seed: of the augmentation.
+        is_resized: the images are at the size of the model's input, to which `resize_images` has brought them when
+            they were decoded: neither resized nor cropped any more.
 
     Raises:
         ValueError: a field out of its range, by name.
@@ -63,6 +65,7 @@ class InputPipeline:
     crop_padding: int = 0
     horizontal_flip: bool = False
     seed: int = 0
+    is_resized: bool = False
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
@@ -141,6 +144,8 @@ class InputPipeline:
         Raises:
             ValueError: the images are smaller than the centre crop.
         """
+        if self.is_resized:
+            return images
         target = self._resized(images.shape[-2:])
         if target != tuple(images.shape[-2:]):
             antialias = self.interpolation != "nearest"
@@ -163,6 +168,20 @@ class InputPipeline:
             ValueError: images of another type or shape, or smaller than the centre crop.
         """
         self._check_images(pixel_values)
+        return self.normalize(pixel_values if self.is_resized else self.resize_images(pixel_values))
+
+    def resize_images(self, pixel_values: Tensor) -> Tensor:
+        """What the image processor makes of images before it normalises them: resized, rounded in uint8, and cropped.
+
+        Args:
+            pixel_values: uint8 (B, C, H, W), of any number of channels.
+
+        Returns:
+            uint8 (B, C, h, w).
+
+        Raises:
+            ValueError: images smaller than the centre crop.
+        """
         target = self._resized(pixel_values.shape[-2:])
         if target != tuple(pixel_values.shape[-2:]):
             if self.resized_by == "pillow" and self.interpolation != "nearest":
@@ -170,7 +189,16 @@ class InputPipeline:
             else:
                 mode = _TORCHVISION_MODE[self.interpolation]
                 pixel_values = tvF.resize(pixel_values, list(target), interpolation=mode, antialias=True)
-        return self.normalize(self._center_crop(pixel_values))
+        return self._center_crop(pixel_values)
+
+    def with_images_resized(self) -> Self:
+        """The same pipeline for images that `decode_images` has brought to the size of the model's input by it."""
+        return replace(self, is_resized=True)
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(height, width) to which images of every size are brought; `None`: it depends on theirs."""
+        return self.crop_size or (self.size if isinstance(self.size, tuple) else None)
 
     def _check_images(self, pixel_values: Tensor) -> None:
         shape = tuple(pixel_values.shape)
@@ -219,11 +247,12 @@ class InputPipeline:
     def agrees_with(self, processor: Any, image_size: tuple[int, int]) -> bool:
         """Whether a processor makes of an image of that (height, width) what `prepare_evaluation` does.
 
-        Both are run on one random image; two of the 256 grey values are allowed, by which resizers differ.
+        Both are run on one random image; two of the 256 grey values are allowed, by which resizers differ. Resizing is
+        compared also where it is done when images are decoded (`is_resized`).
         """
         generator = torch.Generator().manual_seed(0)
         image = torch.randint(0, 256, (len(self.mean), *image_size), dtype=torch.uint8, generator=generator)
-        ours = self.prepare_evaluation(image[None])[0]
+        ours = replace(self, is_resized=False).prepare_evaluation(image[None])[0]
         theirs = run_image_processor(processor, image)
         two_levels = 2 / 255 / torch.tensor(self.std)[:, None, None] + 1e-5
         return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= two_levels).all())

@@ -1,6 +1,7 @@
 """Trained checkpoints, loaded for evaluation: model, input pipeline and K, and whether a data set fits them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ..data import InputPipeline
 from ..data.decoded_images import DecodedImages
+from ..errors import first_line
 from ..fingerprint import fingerprints_differ
 from ..models.class_names import match_numbering
 from ..training import MaskBudget
@@ -16,7 +18,7 @@ from ..training.checkpoint_folder import newest_whole_checkpoint
 from ..training.mask_budget_file import MASK_BUDGET_NAME
 from .flags import METHODS, RecipeArguments
 from .run import RECORD_NAME, RunRecord
-from .training_run import load_images
+from .training_run import is_from_scratch, load_images
 
 
 class Checkpoint(NamedTuple):
@@ -40,7 +42,7 @@ def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) 
     """
     model, pipeline = read_checkpoint(name, device)
     _check_fit(name, model, pipeline, test)
-    return Checkpoint(model, pipeline)
+    return Checkpoint(model, replace(pipeline, is_resized=test.is_resized))
 
 
 def read_checkpoint(name: str, device: torch.device | str) -> Checkpoint:
@@ -56,14 +58,20 @@ def read_checkpoint(name: str, device: torch.device | str) -> Checkpoint:
             nothing yet, whatever an earlier one has left there.
         OSError: no such checkpoint.
     """
-    name = saved_model(name)
+    model = _loaded(AutoModelForImageClassification, saved_model(name)).eval().to(device)
+    return Checkpoint(model, read_pipeline(name))
+
+
+def read_pipeline(name: str) -> InputPipeline:
+    """The input pipeline of a folder or Hub id alone; as `read_checkpoint`."""
+    return InputPipeline.from_image_processor(_loaded(AutoImageProcessor, saved_model(name)))
+
+
+def _loaded(kind: Any, name: str) -> Any:
     try:
-        model = AutoModelForImageClassification.from_pretrained(name).eval().to(device)
-        processor = AutoImageProcessor.from_pretrained(name)
+        return kind.from_pretrained(name)
     except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"cannot load the checkpoint {name!r}: {first}") from error
-    return Checkpoint(model, InputPipeline.from_image_processor(processor))
+        raise OSError(f"cannot load the checkpoint {name!r}: {first_line(error)}") from error
 
 
 def saved_model(name: str) -> str:
@@ -97,7 +105,8 @@ def recorded_images(run: Path, split: str, dataset: str | None = None) -> Decode
     recorded = RecipeArguments(**{name: settings[name] for name in vars(RecipeArguments()) if name in settings})
     # Of the training images one says the size of all; the others are decoded only where they are asked for.
     sizes = {"train": 1 if split == "test" else recorded.max_train_samples}
-    return load_images(recorded, dataset, sizes)[split]
+    pipeline = None if is_from_scratch(recorded) else read_pipeline(str(run))
+    return load_images(recorded, dataset, sizes, pipeline)[split]
 
 
 def _check_fit(name: str, model: Any, pipeline: InputPipeline, test: DecodedImages) -> None:

@@ -32,7 +32,7 @@ from ..evaluation.results import (
 )
 from ..evaluation.sanity_check import WeightRandomization, randomized_weights_correlation
 from ..functional.removal import Fill
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_pipeline
 from .figures import Example, draw_curves, draw_image_classes, try_to_draw
 from .run import write_whole
 from .training_run import load_images
@@ -179,7 +179,8 @@ def choose_device() -> str:
 
 def load_test_images(options: argparse.Namespace) -> DecodedImages:
     """The decoded images of the held-out split; of the training images one is decoded, which says the size of all."""
-    return load_images(options, options.dataset, {"train": 1, "test": options.max_eval_samples})["test"]
+    sizes = {"train": 1, "test": options.max_eval_samples}
+    return load_images(options, options.dataset, sizes, read_pipeline(options.checkpoint))["test"]
 
 
 def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Namespace, output: Path) -> Results:

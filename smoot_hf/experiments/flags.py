@@ -73,7 +73,10 @@ class RecipeArguments:
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Resize and crop every image to a square of this side; needed where sizes are mixed."},
+        metadata={
+            "help": "Resize and crop every image to a square of this side. Default: as a pretrained model's image "
+            "processor says, where sizes are mixed or larger than the model's input; else as they are."
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
     eval_split: str | None = field(

@@ -1,6 +1,7 @@
 """A training run: data, model, trainer, and at its end the card and the push."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,15 +11,17 @@ from transformers import EvalPrediction, set_seed
 from transformers.utils import logging
 
 from ..data import InputPipeline
+from ..data.class_counts import describe_class_counts, imbalance
 from ..data.dataset import load_image_dataset
 from ..data.decoded_images import DecodedImages, decode_images
+from ..data.image_sizes import must_be_resized
 from ..data.planted_evidence import plant_images
 from ..errors import PushError, first_line
 from ..evaluation import Faithfulness, Localisation, evaluate_faithfulness, evaluate_localisation
 from ..evaluation.ranked_batches import evenly_spread
 from ..fingerprint import hub_revision
 from ..functional.removal import Fill
-from ..models.classifier import load_image_processor, load_model
+from ..models.classifier import load_image_processor, load_model, load_pretrained_processor
 from ..training import SmootTrainer, SmootTrainingArguments
 from ..training.checkpoint_folder import RunIdentity, find_damage, newest_whole_checkpoint, refuse_other_runs
 from ..training.checkpoints import no_checkpoint
@@ -58,12 +61,25 @@ def main(defaults: Mapping[str, Any] | None, argv: Sequence[str]) -> dict[str, f
             end="",
         )
         print(f"{trainer.accelerator.num_processes} process(es) on {args.device.type}")
+        describe_images(task)
     try:
         return train(trainer, args, recipe)
     except (ValueError, OSError, KeyError) as error:
         # A KeyError shows its message in quotes.
         message = error.args[0] if isinstance(error, KeyError) else error
         parser.error(str(message), code=1)
+
+
+def describe_images(task: Task) -> None:
+    """Print how many images each class has and how large they are; warn of classes of very unequal size."""
+    names = task.train.label_names
+    print(describe_class_counts(names, {"train": task.train.labels, "test": task.test.labels}))
+    _, height, width = task.train.image_shape
+    how = ", to which the model's image processor brought them" if task.train.is_resized else ""
+    print(f"images and masks of {height}x{width} pixels{how}", flush=True)
+    unequal = imbalance(names, task.train.labels)
+    if unequal is not None:
+        logger.warning(unequal)
 
 
 def checkpoint_to_resume(args: SmootTrainingArguments) -> str | bool | None:
@@ -108,22 +124,23 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
         from_scratch=recipe.from_scratch,
         patch_size=recipe.patch_size,
     )
-    mean, std = train.channel_statistics()
-    processor = load_image_processor(
-        recipe.model,
-        model,
-        (height, width),
-        mean,
-        std,
-        from_scratch=recipe.from_scratch,
-        center_crop=recipe.image_size is not None,
-    )
-    if recipe.convert_rgb:
+    if is_from_scratch(recipe):
+        processor = load_image_processor(
+            recipe.model,
+            model,
+            (height, width),
+            *train.channel_statistics(),
+            from_scratch=recipe.from_scratch,
+            center_crop=recipe.image_size is not None,
+        )
+    else:
+        processor = load_pretrained_processor(recipe.model)
+    if recipe.convert_rgb or train.is_resized:
         processor.do_convert_rgb = True
     pipeline = InputPipeline.from_image_processor(
         processor, crop_padding=recipe.crop_padding, horizontal_flip=recipe.horizontal_flip, seed=args.seed
     )
-    return Task(model, processor, pipeline, train, test)
+    return Task(model, processor, replace(pipeline, is_resized=train.is_resized), train, test)
 
 
 def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:
@@ -136,18 +153,30 @@ def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[De
         raise ValueError(f"eval_split={recipe.eval_split!r} is what is trained on: name another split")
     # The first process fills the cache, the others read it.
     with args.main_process_first(desc="decoding the images"):
+        pipeline = None
+        if not is_from_scratch(recipe):
+            pipeline = InputPipeline.from_image_processor(load_pretrained_processor(recipe.model))
         sizes = {"train": recipe.max_train_samples, "test": recipe.max_eval_samples}
-        images = load_images(recipe, recipe.dataset, sizes)
+        images = load_images(recipe, recipe.dataset, sizes, pipeline)
     return images["train"], images["test"]
 
 
-def load_images(recipe: Any, dataset: str, sizes: dict[str, int | None]) -> dict[str, DecodedImages]:
+def is_from_scratch(recipe: RecipeArguments) -> bool:
+    """Whether the model takes the images as they are; else its image processor may say their size."""
+    return recipe.from_scratch or recipe.model == "cnn"
+
+
+def load_images(
+    recipe: Any, dataset: str, sizes: dict[str, int | None], pipeline: InputPipeline | None
+) -> dict[str, DecodedImages]:
     """The decoded images of "train" and "test" as the flags of a recipe say, planted where they ask for it.
 
     Args:
         recipe: `RecipeArguments`, or others with flags of the same names.
         dataset: in place of that of the recipe.
         sizes: of each split how many images; `None`: all.
+        pipeline: of the model's image processor, to whose size photographs are brought unless the recipe has an
+            `image_size` (see `must_be_resized`); `None` for models that take images as they are.
     """
     splits = load_image_dataset(
         dataset,
@@ -156,8 +185,16 @@ def load_images(recipe: Any, dataset: str, sizes: dict[str, int | None]) -> dict
         train_split=recipe.train_split,
         eval_split=recipe.eval_split,
     )
-    decoded = decode_images(limit(splits, sizes), convert_rgb=recipe.convert_rgb, image_size=recipe.image_size)
-    images = {name: DecodedImages(split) for name, split in decoded.items()}
+    # Of all images, so that every command decides alike, however few it looks at.
+    resized = pipeline if pipeline and recipe.image_size is None and must_be_resized(splits, pipeline) else None
+    decoded = decode_images(
+        limit(splits, sizes),
+        # Among photographs some are grey.
+        convert_rgb=recipe.convert_rgb or (resized is not None and len(resized.mean) == 3),
+        image_size=recipe.image_size,
+        input_pipeline=resized,
+    )
+    images = {name: DecodedImages(split, is_resized=resized is not None) for name, split in decoded.items()}
     return images if recipe.planted == "plain" else plant_images(recipe.planted, images)
 
 

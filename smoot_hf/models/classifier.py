@@ -84,8 +84,7 @@ def load_model(
     if hasattr(config, "label_names"):
         # A saved model of timm names its classes here as well, and this is what it saves.
         config.label_names = labels
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and type(config) is not PaperCnnConfig:
-        raise ValueError(f"model {name!r} is a {config.model_type!r}, of which transformers has no image classifier")
+    _check_is_classifier(name, config)
     if from_scratch:
         _fit_config(config, image_size, num_channels, patch_size)
     _check_channels(name, config, num_channels)
@@ -149,6 +148,17 @@ def load_image_processor(
             image_std=list(std),
             do_convert_rgb=not is_grey,
         )
+    return load_pretrained_processor(name)
+
+
+def load_pretrained_processor(name: str) -> Any:
+    """The image processor of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is no image classifier.
+        OSError: it has no image processor, or cannot be reached.
+    """
+    _check_is_classifier(name, _load_config(_checkpoint(name)))
     try:
         return AutoImageProcessor.from_pretrained(_checkpoint(name))
     except OSError as error:
@@ -174,6 +184,11 @@ def _load_config(checkpoint: str) -> Any:
         raise OSError(
             f"cannot load the model {checkpoint!r} ({first_line(error)}): --model takes a local directory as well"
         ) from error
+
+
+def _check_is_classifier(name: str, config: Any) -> None:
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and type(config) is not PaperCnnConfig:
+        raise ValueError(f"model {name!r} is a {config.model_type!r}, of which transformers has no image classifier")
 
 
 def _deit_tiny_config(

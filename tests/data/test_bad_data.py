@@ -73,7 +73,7 @@ IN_RECIPES = {
         "at least 2 classes, got num_labels=1", labels=[0] * 10,
         features=Features({"image": datasets.Image(), "label": ClassLabel(names=["cat"])}),
     ),
-    "one class folder": imagefolder("label_column.*a folder for each class", [("cat", image) for image in GOOD]),
+    "one class folder": imagefolder("the one folder 'cat'; make a folder for each", [("cat", image) for image in GOOD]),
     "label -1": parquet(
         r"'train' has 1 of 10 samples without a label \(-1\), the first in row 9: .*train_split",
         labels=[*TURNS[:9], -1], test_labels=TURNS,

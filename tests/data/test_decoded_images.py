@@ -1,5 +1,6 @@
 """Image files of every kind: decoded to the pixels that a viewer shows, or refused by row and file name."""
 
+import re
 import struct
 import zlib
 
@@ -140,42 +141,107 @@ def test_image_files_decode_to_what_a_viewer_shows(kind, tmp_path):
     np.testing.assert_array_equal(decoded[3]["pixel_values"].numpy(), expected.transpose(2, 0, 1))
 
 
+def animated(kind, path):
+    """Write three frames of different colours; the first as RGB (H, W, 3)."""
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    exact = {"lossless": True} if kind.endswith("webp") else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **exact)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    return np.asarray(frames[0])
+
+
+@pytest.mark.parametrize("kind", ["moving.gif", "moving.webp", "moving.png", "pages.tif"])
+def test_of_animations_and_pages_the_first_picture_is_taken(kind, tmp_path):
+    """Fault: the last frame, all frames in one array, or an error about files that every viewer shows."""
+    expected = animated(kind, tmp_path / kind)
+    with Image.open(tmp_path / kind) as image:
+        np.testing.assert_array_equal(pixels_of(image, Decoding(convert_rgb=True)), expected.transpose(2, 0, 1))
+
+
 def bad_file(kind, path):
     if kind == "truncated.jpg":
         Image.fromarray(COLOURS).resize((64, 64)).save(path)
         path.write_bytes(path.read_bytes()[:-400])
     elif kind == "text.png":
         path.write_text("no image")
+    elif kind == "empty.jpg":
+        path.write_bytes(b"")
     else:
         deep = {"grey of 16 bits.png": np.uint16, "whole numbers.tif": np.int32, "floats.tif": np.float32}[kind]
         Image.fromarray(np.full((6, 8), 40_000, dtype=deep)).save(path)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("truncated.jpg", "truncated"),
-        ("text.png", "cannot identify"),
-        ("grey of 16 bits.png", "'I;16' has more than 8 bits"),
-        ("whole numbers.tif", "'I' has more than 8 bits"),
-        ("floats.tif", "'F' has more than 8 bits"),
-    ],
-)
-@pytest.mark.parametrize("row", [0, 3])
-def test_files_that_cannot_be_decoded_are_named(kind, reason, row, tmp_path):
-    """Fault: an error without row and file among ten thousand, or 16 bits cut to white everywhere."""
+BAD = {
+    "truncated.jpg": "truncated",
+    "text.png": "cannot identify",
+    "empty.jpg": "cannot identify",
+    "grey of 16 bits.png": "'I;16' has more than 8 bits",
+    "whole numbers.tif": "'I' has more than 8 bits",
+    "floats.tif": "'F' has more than 8 bits",
+}
+
+
+def write_good_folder(folder):
+    """Two splits of two classes of two images."""
     for split in ("train", "test"):
         for i in range(4):
-            path = tmp_path / "set" / split / ("ant" if i < 2 else "bee") / f"{i}.png"
+            path = folder / split / ("ant" if i < 2 else "bee") / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(COLOURS).save(path)
-    bad = tmp_path / "set" / "train" / ("ant" if row == 0 else "bee") / f"{row}.png"
+    return folder
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("row", [0, 3])
+def test_files_that_cannot_be_decoded_are_named(kind, row, tmp_path):
+    """Fault: an error without row and file among ten thousand, or 16 bits cut to white everywhere."""
+    place = "train/ant" if row == 0 else "train/bee"
+    bad = write_good_folder(tmp_path / "set") / place / f"{row}.png"
     bad.unlink()
     bad_file(kind, bad.with_name(f"{row} {kind}"))
     splits = load_image_dataset(str(tmp_path / "set"))
-    named = rf"row {row} of split 'train' \(.*{row} {kind}\) cannot be decoded \(.*{reason}"
+    named = rf"^the image in row {row} of split 'train' \({place}/{row} {kind}\) cannot be decoded \(.*{BAD[kind]}.*it$"
     with pytest.raises(ValueError, match=named):
         decode_images(splits)
+
+
+def test_all_files_that_cannot_be_decoded_are_found_at_once(tmp_path):
+    """Fault: one attempt for each bad file of a folder; or a message of ten thousand lines."""
+    folder = write_good_folder(tmp_path / "set")
+    places = ["train/bee", "train/bee", "test/ant", "test/bee", "test/bee", "test/bee"]
+    for place, kind in zip(places, BAD, strict=True):
+        bad_file(kind, folder / place / kind)
+    with pytest.raises(ValueError, match=r"^6 images cannot be used, mend or remove them: ") as error:
+        decode_images(load_image_dataset(str(folder)))
+    named = re.findall(r"split '(\w+)' \(([^)]+)\) cannot be decoded", str(error.value))
+    # In the order of the rows, train before test.
+    assert named == [
+        ("train", "train/bee/text.png"),
+        ("train", "train/bee/truncated.jpg"),
+        ("test", "test/ant/empty.jpg"),
+        ("test", "test/bee/floats.tif"),
+        ("test", "test/bee/grey of 16 bits.png"),
+    ]
+    assert str(error.value).endswith("; and 1 more")
+
+
+def test_bad_bytes_in_parquet_are_all_found(tmp_path):
+    """Fault: images without a file of their own are left out of the count."""
+    images = [{"bytes": b"?", "path": "a.png"}, {"bytes": b"", "path": None}, None]
+    features = Features({"image": datasets.Image(), "labels": ClassLabel(names=["a", "b"])})
+    split = Dataset.from_dict({"image": images, "labels": [0, 1, 1]}, features=features)
+    with pytest.raises(ValueError, match=r"^3 images .*row 0 of split 'train' \(a.png\) .*row 1 .*; row 2 .*\(null\)$"):
+        decode_images(DatasetDict(train=split))
+
+
+def test_the_size_on_disk_is_said_before_it_is_written(tmp_path, capsys):
+    """Fault: a disk that fills up without a word; or the same words where the cache is only read."""
+    splits = load_image_dataset(str(write_good_folder(tmp_path / "set")))
+    decode_images(splits, image_size=512)
+    assert "Decoding 4 train images of 512x512, 3.0 MiB on disk" in capsys.readouterr().err
+    decode_images(splits, image_size=512)
+    assert "Decoding" not in capsys.readouterr().err
 
 
 def mixed(sizes):

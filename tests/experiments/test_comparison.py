@@ -566,7 +566,7 @@ def test_few_images_are_not_paid_with_the_decoding_of_all(here, monkeypatch):
     monkeypatch.setattr(
         training_run, "decode_images", lambda splits, **how: seen.append(dict(splits)) or decode(splits, **how)
     )
-    options = evaluate.make_parser().parse_args(["x", *EVALUATE, "--max_eval_samples", "24"])
+    options = evaluate.make_parser().parse_args(["out/runs/sgt-seed0", *EVALUATE, "--max_eval_samples", "24"])
     images = checkpoint_evaluation.load_test_images(options)
     of_the_run = checkpoint.recorded_images(Path("out/runs/sgt-seed0"), "test")
     assert (len(images), len(of_the_run)) == (24, 360)
