@@ -129,6 +129,19 @@ LONG = (
     "sgt adversarial, most salient, 50 epochs",
     "fgsm 0.2, 50 epochs",
 )
+ADVERSARIAL = (
+    "standard",
+    "sgt random mask",
+    "sgt adversarial",
+    "sgt adversarial 0.5",
+    "sgt adversarial, random mask",
+    "sgt adversarial 0.5, random mask",
+    "sgt adversarial 0.1, most salient",
+    "sgt adversarial, most salient",
+    "sgt adversarial 0.5, most salient",
+    "sgt adversarial, all pixels",
+    "sgt adversarial, most salient, one backward pass",
+)
 KNOWN_GOOD = ("standard", "fgsm 0.1", "fgsm 0.2", "fgsm 0.5", "gradient penalty 1", "sgt adversarial, most salient")
 EPOCHS = ("standard", "sgt", "sgt signed", "sgt random mask", "sgt adversarial, most salient", "fgsm 0.2")
 COLOURS = ("#555555", *(style[0] for style in STYLE.values()), "#8c564b", "#e377c2", "#17becf")
@@ -165,8 +178,10 @@ def tables(runs: Mapping[str, Runs]) -> dict[str, str]:
     made = {name: settings_table(found, CENTRAL) for name, found in runs.items()}
     made["outside"] = settings_table(digits, OUTSIDE)
     made["long"] = settings_table(digits, LONG)
+    made["adversarial"] = settings_table(digits, ADVERSARIAL)
     made["known-good"] = settings_table(digits, KNOWN_GOOD)
     made["questions"] = forks_table(digits)
+    made["saturation"] = saturation_table(load("saturation")["standard"])
     return made
 
 
@@ -213,6 +228,16 @@ def forks_table(runs: Runs) -> str:
         found = [difference(runs, fork.setting, fork.against, measure) for measure in MEASURES]
         cells = ["" if one is None else text(one, len(there)) for one in found]
         rows.append([fork.question, fork.setting, fork.against, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def saturation_table(runs: Mapping[int, Result]) -> str:
+    """Deletion areas by the exact and by the plain float32 score, and how many images are saturated, as Markdown."""
+    rows = [["measure", "n", "mean ± std"], ["---"] * 3]
+    for name in next(iter(runs.values()))["tables"]:
+        values = {seed: run["tables"][name] for seed, run in runs.items()}
+        label = "saturated images (%)" if name == "saturated" else f"AUC, {name}"
+        rows.append([label, str(len(values)), spread(values)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
