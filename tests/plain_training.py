@@ -43,7 +43,8 @@ class PlainTraining:
         score = sum(row[label] for row, label in zip(logits, labels, strict=True))
         (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True)
         assert gradient.flatten(1).any(dim=1).all(), "an image without saliency"
-        masks = zip(gradient.mean(1).tolist(), [self.k[row] for row in rows], strict=True)
+        ranked = gradient if self.args.signed_saliency else gradient.abs()
+        masks = zip(ranked.mean(1).tolist(), [self.k[row] for row in rows], strict=True)
         mask = torch.tensor([self._mask(saliency, k) for saliency, k in masks])[:, None]
         noise = SF.counter_uniform(self.args.seed, self.epoch, torch.tensor(rows), images.shape[1:])
         torch.set_rng_state(random_state)

@@ -61,7 +61,8 @@ def test_an_earlier_checkpoint_resumes(tmp_path):
     """Catches weights or K of 0.1.0 that a training of today cannot take up."""
     args = SmootTrainingArguments(
         str(tmp_path / "run"),
-        **QUICK | {"max_steps": 4, "step_size": 4000.0, "rounding": "trunc", "learning_rate": 0.1},
+        **QUICK
+        | {"max_steps": 4, "step_size": 4000.0, "rounding": "trunc", "learning_rate": 0.1, "signed_saliency": True},
     )
     trainer = SmootTrainer(build("vit"), args, train_dataset=TinyImages())
     trainer.train(resume_from_checkpoint=str(SAVED / "checkpoint-4"))

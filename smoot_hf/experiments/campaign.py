@@ -14,8 +14,8 @@ end, and the others go on.
 
 A campaign file (TOML) has `seeds` (how many, from 0), `network` ("paper" or "small"), `[data]` and `[train]` of all
 runs, and `[[settings]]` with a `name` and what differs in `[train]`; smoot_hf/experiments/campaign_run.py says what may
-stand there. `extends = "other.toml"` takes what the file does not give itself from another. The runs go seed by seed,
-so that the settings can be compared seed by seed at any time.
+stand there. `extends = "other.toml"` takes what the file does not give itself from another, but for the settings that
+`leave_out` names. The runs go seed by seed, so that the settings can be compared seed by seed at any time.
 """
 
 import argparse

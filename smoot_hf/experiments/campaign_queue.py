@@ -38,18 +38,23 @@ def read_campaign(path: Path) -> list[Plan]:
         OSError: it cannot be read.
     """
     campaign = _read_tables(path)
-    unknown = campaign.keys() - {"seeds", "network", "data", "train", "settings"}
+    unknown = campaign.keys() - {"seeds", "network", "data", "train", "settings", "leave_out"}
     if unknown or not campaign.get("settings") or not isinstance(campaign.get("seeds"), int):
-        raise ValueError(f"{path} must hold seeds (a number), settings, and may hold network, data, train: {unknown}")
+        raise ValueError(
+            f"{path} must hold seeds (a number), settings, and may hold network, data, train, leave_out: {unknown}"
+        )
     names = [setting.get("name") for setting in campaign["settings"]]
     doubled = sorted({str(name) for name in names if names.count(name) > 1 or not name})
     if doubled:
         raise ValueError(f"{path}: every setting needs a name of its own, got {', '.join(doubled)} twice or empty")
     if len({folder_name(Plan(name, 0)) for name in names}) < len(names):
         raise ValueError(f"{path}: two names of settings become one folder name; make them differ in letters or digits")
+    left_out = set(campaign.get("leave_out", []))
+    if not left_out <= set(names):
+        raise ValueError(f"{path}: leave_out names {sorted(left_out - set(names))[0]!r}, which is no setting")
     plans = []
     for seed in range(campaign["seeds"]):
-        for setting in campaign["settings"]:
+        for setting in (setting for setting in campaign["settings"] if setting["name"] not in left_out):
             own = {name: value for name, value in setting.items() if name != "name"}
             common = {"data": campaign.get("data", {}), "network": campaign.get("network", "paper")}
             plans.append(Plan(setting["name"], seed, train={**campaign.get("train", {}), **own}, **common))

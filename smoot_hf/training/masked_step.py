@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional as SF
 from ..functional.saliency import without_autocast
@@ -275,7 +276,8 @@ def masked_step(
         ce = SF.classification_loss(logits, labels, settings.label_smoothing_factor)
 
     masked, is_masked = mask_images(images, gradient, sample_idx, k, epoch, settings)
-    _, masked_logits = forward(model, masked if resize is None else resize(masked), inputs)
+    with _running_statistics_kept(network):
+        _, masked_logits = forward(model, masked if resize is None else resize(masked), inputs)
 
     reference = logits if settings.kl_gradient == "both" else logits.detach()
     return MaskedStep(
@@ -342,6 +344,25 @@ def _random_state_rewound(device: torch.device, enabled: bool) -> Iterator[None]
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, enabled=enabled, device_type="cuda" if device.type == "cpu" else device.type):
         yield
+
+
+@contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Normalise by the batch's statistics without taking them over into the running ones, which evaluations use.
+
+    An evaluation sees whole images, whose statistics are not those of masked ones.
+    """
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    momenta = [layer.momentum for layer in tracking]
+    for layer in tracking:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(tracking, momenta, strict=True):
+            layer.momentum = momentum
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.sub_(1)
 
 
 @contextmanager

@@ -361,6 +361,11 @@ def test_a_file_extends_another(tmp_path):
     assert [plan.name for plan in plans] == ["standard", "sgt, random"]
     assert plans[0].data == {**base[0].data, "test_samples": 7}
     assert plans[1].train == base[1].train
+    own.write_text('extends = "tiny.toml"\nleave_out = ["standard"]')
+    assert [plan.name for plan in campaign_queue.read_campaign(own)] == ["sgt, random"] * 2
+    own.write_text('extends = "tiny.toml"\nleave_out = ["smoot"]')
+    with pytest.raises(ValueError, match="leave_out names 'smoot', which is no setting"):
+        campaign_queue.read_campaign(own)
     own.write_text('extends = "missing.toml"')
     with pytest.raises(OSError, match=r"missing\.toml"):
         campaign_queue.read_campaign(own)

@@ -237,7 +237,7 @@ def test_a_planted_checkpoint_is_evaluated_with_its_localisation(planted, monkey
     options = ["--dataset", "digits", "--planted", "block", *EVALUATE[2:]]
     argv = [str(planted / "runs/sgt-seed0"), *options, "--attribution", "gradient", "smooth_grad"]
     results = evaluate.main([*argv, "--output", str(tmp_path / "one")])
-    test = checkpoint_evaluation.load_test_images(evaluate.make_parser().parse_args(["x", *options]))
+    test = checkpoint_evaluation.load_test_images(evaluate.make_parser().parse_args([argv[0], *options]))
     model, pipeline = checkpoint.load_checkpoint(str(planted / "runs/sgt-seed0"), test, "cpu")
     for name in ("gradient", "smooth_grad"):
         (row,) = [row for row in results.rows if row.name == name and "outside_0.1" in row.metrics]

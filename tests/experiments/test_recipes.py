@@ -575,7 +575,7 @@ def test_a_planted_recipe_trains_and_its_run_is_read_again_with_the_evidence():
     test = checkpoint.recorded_images(folder, "test")
     assert test.image_shape == (1, 16, 8)
     assert test.evidence.float().mean() == 0.5
-    options = evaluate.make_parser().parse_args(["x", "--dataset", "digits", "--planted", "block"])
+    options = evaluate.make_parser().parse_args([str(folder), "--dataset", "digits", "--planted", "block"])
     assert checkpoint_evaluation.load_test_images(options).fingerprint == test.fingerprint
 
 
