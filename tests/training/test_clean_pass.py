@@ -170,7 +170,8 @@ def test_the_trainer_trains_the_same_either_way(
         torch.manual_seed(0)
         trainer = quick_trainer(
             # With the floor of Equation 4 the sign of a delta in the last bits would move K.
-            build("vit", dropout=0.1), **override, rounding="trunc", step_size=500.0, max_steps=4, per_device_train_batch_size=8 // accumulation,
+            build("vit", dropout=0.1), **override, rounding="trunc", step_size=500.0, max_steps=4,
+            per_device_train_batch_size=8 // accumulation,
             gradient_accumulation_steps=accumulation, max_grad_norm=0.1, optim="sgd", learning_rate=0.1,
             **{name if key == "checkpointing" else key: value for key, value in settings.items()},
         )  # fmt: skip
