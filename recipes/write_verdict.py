@@ -49,7 +49,7 @@ CENTRAL = (
     "smoot adversarial, most salient",
     "fgsm 0.2",
 )
-SETS = ("forks-digits", "forks", "pair", "plain-mnist")
+SETS = ("forks-digits", "forks", "plain-mnist")
 
 
 class Fork(NamedTuple):

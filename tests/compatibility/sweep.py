@@ -259,7 +259,7 @@ def plain_loss(model: torch.nn.Module, batch: MicroBatch, args: SmootTrainingArg
         # After the clean pass, which has updated the batch statistics.
         network = copy.deepcopy(model).eval()
     torch.set_rng_state(batch.random_state)
-    gradient = captum_saliency(LogitsModel(network), batch.images, batch.labels, abs=False)
+    gradient = captum_saliency(LogitsModel(network), batch.images, batch.labels, abs=True)
     noise = SF.counter_uniform(args.seed, 0, batch.sample_idx, tuple(batch.images.shape[1:])).to(batch.images.dtype)
     masked = batch.images.clone()
     for i, k in enumerate(batch.k.tolist()):
@@ -269,7 +269,11 @@ def plain_loss(model: torch.nn.Module, batch: MicroBatch, args: SmootTrainingArg
             low, high = channel[remaining].min(), channel[remaining].max()
             channel[lowest] = low + (high - low) * values[lowest]
     torch.set_rng_state(batch.random_state)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     masked_logits = model(pixel_values=masked).logits
+    with torch.no_grad():  # running statistics are those of the clean images
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
     # F.kl_div(input, target) is KL(target || input), both as logarithms.
     kl = F.kl_div(masked_logits.log_softmax(1), logits.log_softmax(1), reduction="sum", log_target=True)
     return ce + args.kl_weight * kl, masked
