@@ -271,9 +271,8 @@ def plain_loss(model: torch.nn.Module, batch: MicroBatch, args: SmootTrainingArg
     torch.set_rng_state(batch.random_state)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     masked_logits = model(pixel_values=masked).logits
-    with torch.no_grad():  # running statistics are those of the clean images
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(before[name])  # running statistics are those of the clean images
     # F.kl_div(input, target) is KL(target || input), both as logarithms.
     kl = F.kl_div(masked_logits.log_softmax(1), logits.log_softmax(1), reduction="sum", log_target=True)
     return ce + args.kl_weight * kl, masked

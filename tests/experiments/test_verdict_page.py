@@ -39,10 +39,10 @@ def test_the_committed_runs_are_those_of_the_campaign_files(write_verdict):
 def test_a_difference_is_bold_beyond_the_correction_alone(write_verdict):
     """Catches marks that take no account of how many differences were looked at."""
     found = write_verdict.paired({0: 3.0, 1: 5.0, 2: 4.0, 3: 4.0}, dict.fromkeys(range(4), 0.0))
-    # t = 4 / (0.8165 / 2) = 9.8, p = 0.0023.
+    # t = 4 / (0.8165 / 2) = 9.80, p = 0.00226, and 0.05 / p = 22.1.
     assert write_verdict.text(found, 1) == "**+4.0** (+2.7 to +5.3)"
-    assert write_verdict.text(found, 21).startswith("**")
-    assert write_verdict.text(found, 22) == "+4.0 (+2.7 to +5.3)"
+    assert write_verdict.text(found, 22).startswith("**")
+    assert write_verdict.text(found, 23) == "+4.0 (+2.7 to +5.3)"
     assert write_verdict.text(write_verdict.paired({0: 3.0}, {0: 1.0}), 1) == "+2.0"
 
 
