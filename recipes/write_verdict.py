@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr, t
 
 from smoot_hf.evaluation.attributions import attribute
+from smoot_hf.experiments.campaign_images import Data, make_splits
 from smoot_hf.experiments.campaign_queue import WEIGHTS_NAME, read_campaign, read_export, result_path
-from smoot_hf.experiments.campaign_run import Data, make_network, make_splits
+from smoot_hf.experiments.campaign_run import make_network
 from smoot_hf.experiments.campaign_summary import Paired, Result, group, paired, values_of
 from smoot_hf.experiments.figures import DPI, STYLE, WIDTH
 from smoot_hf.experiments.run import write_whole

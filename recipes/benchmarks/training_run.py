@@ -78,7 +78,7 @@ def now() -> float:
 
 def make_trainers(splits: DatasetDict, arguments: argparse.Namespace) -> dict[str, Watched]:
     """A trainer for each way, of one training set."""
-    make_model, batch, shape = MODELS[arguments.model]
+    make_model, batch, shape, _ = MODELS[arguments.model]
     data = DecodedImages(decode_images(splits)["train"])
     if data.image_shape != shape:
         raise SystemExit(f"--model {arguments.model} takes images {shape}, those of --dataset are {data.image_shape}")

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     # Only now, since it takes ten seconds.
     from . import campaign_queue as queue
-    from .campaign_run import load_pixels
+    from .campaign_images import load_pixels
     from .campaign_summary import summary
 
     try:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             load_pixels(source, "train")  # decoded once, before the workers would all do so
     except (ValueError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
-    if queue.work(missing, output, options.workers, done=len(finished)):
+    if queue.work(missing, output, options.workers, done=len(finished), device=options.device):
         raise SystemExit(1)
 
 
@@ -65,6 +65,9 @@ def make_campaign_parser() -> OneLineParser:
     parser.add_argument("--output", type=Path, help="Folder of the results (default: runs/campaign-FILE-NETWORK).")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="Processes, one thread each (default: all cores)."
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="Where all workers compute (default: cpu)."
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="These seeds alone.")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="These settings alone, by name.")

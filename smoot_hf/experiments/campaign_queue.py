@@ -205,14 +205,16 @@ def _rounded(value: Any) -> Any:
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
-def work(plans: list[Plan], output: Path, workers: int, done: int = 0) -> int:
-    """Run the plans, one process a worker; returns how many failed, each of which is told on stderr."""
+def work(plans: list[Plan], output: Path, workers: int, done: int = 0, device: str = "cpu") -> int:
+    """Run the plans on a device, one process a worker; returns how many failed, each of which is told on stderr."""
     failed: list[str] = []
     # A process that inherits threads or locks of ours may hang: each worker starts afresh.
     pool = ProcessPoolExecutor(max(1, min(workers, len(plans))), get_context("spawn"), prepare_worker)
     with tqdm(total=done + len(plans), initial=done, unit="run", desc="Campaign") as bar:
         try:
-            futures: dict[Future[str | None], Plan] = {pool.submit(run_and_save, plan, output): plan for plan in plans}
+            futures: dict[Future[str | None], Plan] = {
+                pool.submit(run_and_save, plan, output, device): plan for plan in plans
+            }
             for future in as_completed(futures):
                 error = future.result()
                 if error is not None:
@@ -245,14 +247,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def run_and_save(plan: Plan, output: Path) -> str | None:
+def run_and_save(plan: Plan, output: Path, device: str = "cpu") -> str | None:
     """Run a plan, write its weights, then its result, whole or not at all; returns the error of a run that failed."""
     path = result_path(plan, output)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = run(plan, path.with_name(WEIGHTS_NAME))
+        result = run(plan, path.with_name(WEIGHTS_NAME), device)
     except Exception:
         return traceback.format_exc()
-    whole = {"settings": settings_of(plan), **result, "environment": describe_environment()}
+    whole = {"settings": settings_of(plan), **result, "environment": describe_environment(device)}
     write_whole(path, json.dumps(whole, indent=1) + "\n")
     return None

@@ -20,8 +20,8 @@ def ranking_key(values: Tensor, descending: bool = False) -> Tensor:
     """Numbers that sort upwards in the order of the values, with NaN behind every number.
 
     A map of unsigned integers cannot be negated (0 stays 0 and 1 becomes 255), one of booleans not at all, and not
-    every type can be sorted on every device. Floating-point values are kept or negated; integers and booleans become
-    int64, in which the bitwise complement turns the order round and cannot overflow.
+    every type can be sorted on every device. Floating-point values are kept or negated, with one zero and one NaN;
+    integers and booleans become int64, in which the bitwise complement turns the order round and cannot overflow.
 
     Args:
         values: any shape and any real type: floating point, signed or unsigned integers, booleans.
@@ -38,7 +38,9 @@ def ranking_key(values: Tensor, descending: bool = False) -> Tensor:
     if values.is_floating_point():
         # Below two bytes nothing can be negated or sorted.
         values = values.float() if values.itemsize < 2 else values
-        return -values if descending else values
+        values = -values if descending else values
+        # Sorted by their bits, as on a GPU, -0.0 would come before 0.0 and a NaN of negative sign before every number.
+        return torch.where(values.isnan(), math.nan, values + 0.0)
     if values.dtype == torch.uint64:
         # The upper half does not fit into int64: with the highest bit turned over, the signed order is the unsigned.
         values = values.view(torch.int64) ^ torch.iinfo(torch.int64).min

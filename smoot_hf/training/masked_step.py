@@ -58,6 +58,12 @@ def compiled_as_the_model(accelerator: Accelerator) -> Callable[..., CleanPass]:
     return shared_pass if plugin.backend == DynamoBackend.NO else compiled_pass(**plugin.to_kwargs())
 
 
+def runs_cuda_graphs(accelerator: Accelerator) -> bool:
+    """Whether the model is compiled into CUDA graphs, whose next run overwrites what the last one returned."""
+    plugin = accelerator.state.dynamo_plugin
+    return plugin.backend != DynamoBackend.NO and plugin.mode in ("reduce-overhead", "max-autotune")
+
+
 def compiled_pass(**kwargs: Any) -> Callable[..., CleanPass]:
     """`shared_pass` compiled as one graph, its gradient included; `kwargs` as of `torch.compile`."""
     compiled = torch.compile(shared_pass, **kwargs)

@@ -36,7 +36,7 @@ from .checks import (
 )
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
-from .masked_step import compiled_as_the_model, forward, masked_step
+from .masked_step import compiled_as_the_model, forward, masked_step, runs_cuda_graphs
 from .publishing import PublishingTrainer
 from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset, check_class_labels, class_indices
 from .trackers import TRACKERS, LogWindow, Tracking
@@ -424,11 +424,12 @@ class SmootMixin(PublishingTrainer):
         """The trained parameters, where nothing forbids to cut the backward passes down to what they need.
 
         A loss of the user's own may need the graph of the outputs; fp16 scales the loss so that its gradients do not
-        vanish.
+        vanish; a CUDA graph writes the gradients of the masked view over those of the clean one.
         """
         is_own = getattr(self.compute_loss, "__func__", None) is SmootMixin.compute_loss
         adds_to_loss = return_outputs or not is_own
-        if adds_to_loss or self.compute_loss_func is not None or self.accelerator.scaler is not None:
+        scales = self.accelerator.scaler is not None
+        if adds_to_loss or scales or self.compute_loss_func is not None or runs_cuda_graphs(self.accelerator):
             return None
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 

@@ -15,7 +15,14 @@ from conftest import TinyImages, build, largest_difference, parameters
 from safetensors.torch import load_file
 
 from smoot_hf import SmootTrainer
-from smoot_hf.experiments import campaign, campaign_queue, campaign_run, campaign_summary
+from smoot_hf.experiments import (
+    campaign,
+    campaign_images,
+    campaign_queue,
+    campaign_run,
+    campaign_scores,
+    campaign_summary,
+)
 
 FORKS = Path(__file__).parents[2] / "recipes" / "campaigns" / "forks.toml"
 # Digits in blocks: two steps of training, judged on few images.
@@ -186,7 +193,7 @@ def test_a_run_is_a_function_of_its_plan():
         result.pop("seconds")
     assert one == again
     assert one != other
-    splits = [campaign_run.make_splits(campaign_run.Data(**TINY), seed) for seed in (3, 4)]
+    splits = [campaign_images.make_splits(campaign_images.Data(**TINY), seed) for seed in (3, 4)]
     assert not torch.equal(splits[0].train.pixel_values, splits[1].train.pixel_values)
     assert torch.equal(splits[0].test.pixel_values, splits[1].test.pixel_values)
 
@@ -201,7 +208,7 @@ def test_measuring_every_epoch_changes_nothing(tmp_path):
     assert len(measured["history"]) == 2
     assert last["accuracy"] == measured["accuracy"] == plain["accuracy"]
     assert last["outside_0.1"] == plain["localisation"]["scores"]["outside_0.1"]["value"]
-    network = campaign_run.make_network(plan.network, campaign_run.make_splits(plan.images(), 3))
+    network = campaign_run.make_network(plan.network, campaign_images.make_splits(plan.images(), 3))
     network.load_state_dict(load_file(tmp_path / "plain.safetensors"))
 
 
@@ -213,7 +220,7 @@ def test_the_float32_score_loses_the_label_where_its_probability_is_one():
         return images.flatten(1) @ weight.T
 
     images = torch.tensor([[40.0, 0.0], [1.0, 0.0]]).reshape(2, 1, 1, 2)
-    found = campaign_run._float32_log_prob_map(model, images, torch.tensor([0, 0])).flatten(1)
+    found = campaign_scores._float32_log_prob_map(model, images, torch.tensor([0, 0])).flatten(1)
     assert found[0, 0] == 0
     assert found[0, 1] > 0
     assert found[1, 0].item() == pytest.approx(1 - 1 / (1 + torch.e**-1), rel=1e-5)

@@ -31,7 +31,7 @@ from smoot_hf.experiments import (
     train,
     training_run,
 )
-from smoot_hf.experiments.campaign_run import Data
+from smoot_hf.experiments.campaign_images import Data
 from smoot_hf.experiments.command import SUBCOMMANDS
 from smoot_hf.experiments.recipes import RECIPES
 from smoot_hf.experiments.run import settings_of
