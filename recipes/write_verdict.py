@@ -50,7 +50,7 @@ CENTRAL = (
     "smoot adversarial, most salient",
     "fgsm 0.2",
 )
-SETS = ("forks-digits", "forks", "plain-mnist")
+SETS = ("forks-digits", "forks", "full-size", "plain-mnist", "cifar-block")
 
 
 class Fork(NamedTuple):
