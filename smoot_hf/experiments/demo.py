@@ -14,7 +14,8 @@ everything it needs, in place of serving the page:
     hf upload --repo-type space NAME/smoot-demo FOLDER
 
 Pixels are ranked, removed and filled as `evaluate_faithfulness` does it. Every model is asked about the class that it
-predicts itself for the whole image, since a dropped image has no label.
+predicts itself for the whole image, since a dropped image has no label. If a run was trained with --planted, the page
+also says of each test image how much of the saliency lies outside of the evidence; a Space does not.
 """
 
 import argparse

@@ -14,12 +14,15 @@ from PIL import Image
 
 from ..data.decoded_images import DecodedImages
 from ..evaluation.attributions import Method
+from ..functional.localisation import top_outside
 from ..markup import one_line
 from .checkpoint import Checkpoint
 from .explanation import STEPS, Explanation, draw_fall, enlarged, explain, read_pixels, saliency_picture
 from .figures import style
 
 _PER_CLASS, _MOST_EXAMPLES = 2, 20
+# The share of the pixels that counts as most salient, as in docs/verdict.md.
+_TOP = 0.1
 FILLS = ("corner", "mean")
 # Of an uploaded file; a photograph has a tenth of it.
 _MOST_UPLOADED = "20mb"
@@ -37,10 +40,11 @@ footer { display: none !important; }
 
 
 class Example(NamedTuple):
-    """A test image: uint8 (C, H, W), and the name of its class."""
+    """A test image: uint8 (C, H, W), the name of its class, and bool (H, W) where its evidence lies, if it is known."""
 
     pixels: torch.Tensor
     label: str
+    evidence: torch.Tensor | None = None
 
 
 def choose_examples(test: DecodedImages) -> list[Example]:
@@ -48,7 +52,15 @@ def choose_examples(test: DecodedImages) -> list[Example]:
     labels = range(len(test.label_names))
     by_class = [np.flatnonzero(test.labels == label)[:_PER_CLASS] for label in labels]
     rows = [int(row) for found in by_class for row in found][:_MOST_EXAMPLES]
-    return [Example(test[row]["pixel_values"], test.label_names[test[row]["labels"]]) for row in rows]
+    found = (test[row] for row in rows)
+    return [Example(row["pixel_values"], test.label_names[row["labels"]], row.get("evidence")) for row in found]
+
+
+class Found(NamedTuple):
+    """What a visitor sees: model -> explanation, and where the evidence of the image lies, if that is known."""
+
+    explained: Mapping[str, Explanation]
+    evidence: torch.Tensor | None
 
 
 class ExampleFiles:
@@ -98,29 +110,30 @@ def make_page(
     def explain_image(file: str | None, fill: Any, removed: float) -> list[Any]:
         """Explain the image in a file by every model."""
         if file is None:
-            return [None, *show({}, removed)]
+            return [None, *show(None, removed)]
         try:
             pixels = read_pixels(file, shape)
         except ValueError as error:
             raise gr.Error(str(error)) from error
-        found = {name: explain(checkpoint, pixels, fill, attribution) for name, checkpoint in checkpoints.items()}
+        explained = {name: explain(checkpoint, pixels, fill, attribution) for name, checkpoint in checkpoints.items()}
+        found = Found(explained, evidence_of(pixels, examples))
         return [found, *show(found, removed)]
 
-    def show(found: Mapping[str, Explanation] | None, removed: float) -> list[Any]:
+    def show(found: Found | None, removed: float) -> list[Any]:
         """The models' columns and the curve with so many percent of the pixels removed."""
         step = round(removed * STEPS / 100)
-        if not found:
+        if found is None:
             return [None] * (3 * len(checkpoints) + 1)
         columns = [
             value
-            for name, one in found.items()
+            for name, one in found.explained.items()
             for value in (
-                verdict(one, labels[name], step),
+                verdict(one, labels[name], step, found.evidence),
                 picture_html(enlarged(one.pictures[step]), f"pixels left, {name}"),
                 picture_html(enlarged(saliency_picture(one.attribution)), f"saliency, {name}"),
             )
         ]
-        return [*columns, draw_fall(found, colours, step)]
+        return [*columns, draw_fall(found.explained, colours, step)]
 
     def choose(event: gr.SelectData) -> str:
         """File of the example that was clicked."""
@@ -191,8 +204,13 @@ def launch_settings() -> dict[str, Any]:
     return look | {"max_file_size": _MOST_UPLOADED, "state_session_capacity": _VISITORS}
 
 
-def verdict(one: Explanation, labels: Sequence[str], step: int) -> str:
-    """What a model says of the whole image, and what with so much of it removed, as HTML."""
+def evidence_of(pixels: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor | None:
+    """Where the evidence of an image lies, bool (H, W), if it is an example of which that is known."""
+    return next((example.evidence for example in examples if torch.equal(example.pixels, pixels)), None)
+
+
+def verdict(one: Explanation, labels: Sequence[str], step: int, evidence: torch.Tensor | None = None) -> str:
+    """What a model says of the whole image, what with so much of it removed, and how its map fits, as HTML."""
     first, now = (
         "no class (NaN)" if predicted < 0 else labels[predicted]
         for predicted in (int(one.classes[0]), int(one.classes[step]))
@@ -200,11 +218,13 @@ def verdict(one: Explanation, labels: Sequence[str], step: int) -> str:
     whole, kept, removed = (100 * float(v) for v in (one.probability[0], one.probability[step], one.fractions[step]))
     changed = "still" if now == first else "now"
     was, becomes = html.escape(one_line(first)), html.escape(one_line(now))
-    # Three short lines whatever happens, so that the columns stay level.
-    return (
-        f"Whole image: <b>{was}</b>, {whole:.0f} %<br>{removed:.0f} % removed: {kept:.0f} %<br>"
-        f"{changed} predicts <b>{becomes}</b>"
-    )
+    # As many short lines for every model, so that the columns stay level.
+    lines = [f"Whole image: <b>{was}</b>, {whole:.0f} %", f"{removed:.0f} % removed: {kept:.0f} %"]
+    lines.append(f"{changed} predicts <b>{becomes}</b>")
+    if evidence is not None:
+        outside = 100 * float(top_outside(one.attribution[None], evidence[None], _TOP))
+        lines.append(f"{outside:.0f} % of the top {100 * _TOP:.0f} % pixels lie outside the evidence")
+    return "<br>".join(lines)
 
 
 def _labels(checkpoint: Checkpoint) -> list[str]:

@@ -79,7 +79,7 @@ def write_space(
         read_checkpoint(path, "cpu").model.save_pretrained(place)
         AutoImageProcessor.from_pretrained(saved_model(path)).save_pretrained(place)
     lines = []
-    for number, (pixels, label) in enumerate(examples):
+    for number, (pixels, label, _) in enumerate(examples):
         file_name = f"{number:02}.png"
         picture = pixels.permute(1, 2, 0).numpy()
         Image.fromarray(picture[..., 0] if len(pixels) == 1 else picture).save(folder / "examples" / file_name)

@@ -142,6 +142,25 @@ def test_a_nan_prediction_is_no_class():
     assert f"<b>{labels[int(one.classes[0])]}</b>" in said
 
 
+def test_of_an_image_with_known_evidence_the_page_says_how_much_saliency_lies_outside():
+    """Catches the evidence of another example, and a share of the wrong pixels."""
+    pixels = torch.arange(100, dtype=torch.uint8).reshape(1, 10, 10)
+    evidence = torch.zeros(10, 10, dtype=torch.bool)
+    evidence[:, :5] = True
+    examples = [page_module.Example(pixels + 1, "a"), page_module.Example(pixels, "b", evidence)]
+    assert page_module.evidence_of(pixels, examples) is evidence
+    assert page_module.evidence_of(pixels + 1, examples) is None
+    assert page_module.evidence_of(pixels + 2, examples) is None
+    attribution = torch.zeros(10, 10)
+    attribution[:7, 0], attribution[:3, 9] = 2.0, 1.0
+    one = explanation.Explanation(
+        attribution, torch.zeros(1), torch.ones(1), torch.zeros(1, dtype=torch.int64), np.zeros((1, 10, 10, 1))
+    )
+    said = page_module.verdict(one, ["a"], 0, evidence)
+    assert said.endswith("30 % of the top 10 % pixels lie outside the evidence")
+    assert "evidence" not in page_module.verdict(one, ["a"], 0)
+
+
 def test_an_example_comes_back_from_the_page_unchanged():
     """Fault: enlarging for the screen changes what the model sees."""
     for channels in (1, 3):
@@ -377,9 +396,9 @@ def test_a_space_holds_models_examples_and_code(comparison, space, checkpoints, 
     assert attribution == "grad_cam"
     assert list(models) == list(checkpoints)
     expected = page_module.choose_examples(test_images)
-    assert [label for _, label in examples] == [label for _, label in expected]
+    assert [example.label for example in examples] == [example.label for example in expected]
     explain = explanation.explain
-    for (pixels, _), (theirs, _) in zip(examples, expected, strict=True):
+    for (pixels, *_), (theirs, *_) in zip(examples, expected, strict=True):
         assert torch.equal(pixels, theirs)
     for name, model in models.items():
         assert torch.equal(explain(model, pixels).probability, explain(checkpoints[name], pixels).probability)
