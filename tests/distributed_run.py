@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from conftest import QUICK, PixelImages, TinyImages, build, freeze_batch_statistics
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
@@ -25,6 +25,8 @@ RUNS = {
     "eval_pass": {"saliency_pass": "eval"},
     "loss_pass": {"kl_gradient": "masked", "saliency_score": "log_prob", "gradient_accumulation_steps": 2},
     "sgt": {"method": "sgt"},
+    "stream": {"streams": True},
+    "uneven_stream": {"streams": True, "length": 21},
     "augmented": {"model": "cnn", "dropout": 0.0, "augments": True},
     "frozen_batchnorm": {"model": "resnet", "freezes": True},
     "batchnorm": {"model": "resnet"},
@@ -49,6 +51,20 @@ class Repeating(Sampler):
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.epoch)).tolist()
         self.epoch += 1
         return iter(order + order[: self.repeats])
+
+
+class Rows(IterableDataset):
+    """The samples of a data set as a stream, each with its number; shuffled anew in every epoch."""
+
+    def __init__(self, data):
+        self.data, self.epoch = data, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.epoch))
+        return iter([self.data[i] | {"sample_idx": i} for i in order.tolist()])
 
 
 class Uneven(SmootTrainer):
@@ -90,6 +106,9 @@ def train(name, folder, world_size, resume=False):
     if settings.pop("augments", False):
         data = PixelImages(length)
         more["input_pipeline"] = InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)
+    if settings.pop("streams", False):
+        settings |= {"num_train_samples": length, "num_train_epochs": 2, "max_steps": -1}
+        data = Rows(data)
     share = GLOBAL_BATCH // world_size // settings.get("gradient_accumulation_steps", 1)
     common = QUICK | {"output_dir": str(folder), "per_device_train_batch_size": share, "optim": "sgd"}
     observed = Observed(mixin)
@@ -97,7 +116,7 @@ def train(name, folder, world_size, resume=False):
         trainer = Trainer(model, TrainingArguments(**common), train_dataset=data)
     else:
         args = SmootTrainingArguments(**common | {"step_size": 3000} | settings)
-        kind = Uneven if length % GLOBAL_BATCH else SmootTrainer
+        kind = Uneven if length % GLOBAL_BATCH and not isinstance(data, Rows) else SmootTrainer
         trainer = kind(model, args, train_dataset=data, callbacks=[observed], **more)
         observed.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)

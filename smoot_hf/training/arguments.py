@@ -76,6 +76,9 @@ class SmootTrainingArguments(TrainingArguments):
         deletion_auc_samples: every evaluation reports `deletion_auc` (`evaluate_faithfulness`; lower is better) over
             this many images of the evaluation set, so that it may be the `metric_for_best_model` (`greater_is_better`
             is then False by default); 0 leaves it out. It removes the cells that training masks (`mask_cell`).
+        num_train_samples: number of rows of a training set that is a stream (`datasets.IterableDataset`), each of which
+            holds its index in [0, num_train_samples) under `sample_idx`. The training then counts epochs and resumes as
+            with any other data set. Without effect on data sets that have a length.
         keep_freed_memory: on a CPU with glibc, keep freed memory in the process during training, and give it back at
             the end. SMOOT frees and allocates twice as much in each step as standard training, and otherwise waits for
             the pages of the system: with the CNN on two cores a step took 2.34 times that of standard training in
@@ -113,6 +116,9 @@ class SmootTrainingArguments(TrainingArguments):
     fill_step: float = _of_settings("fill_step")
     deletion_auc_samples: int = _argument(
         0, "Report deletion_auc (lower is better) over this many evaluation images at every evaluation; 0: do not."
+    )
+    num_train_samples: int | None = _argument(
+        None, "Rows of a training set that is a stream, each with its number under sample_idx (default: no stream)."
     )
     keep_freed_memory: bool = _argument(
         False,
@@ -205,6 +211,8 @@ class SmootTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "weight_decay"):
             require_number(name, getattr(self, name), 0, math.inf)
         require_count("deletion_auc_samples", self.deletion_auc_samples, 0)
+        if self.num_train_samples is not None:
+            require_count("num_train_samples", self.num_train_samples, 1)
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
             require_count(name, getattr(self, name), 1)
         self._check_direction()

@@ -20,6 +20,7 @@ from ..functional import classification_loss
 from ..models.logits import logits_of
 from ..models.state import untouched
 from .mask_budget import MaskBudget
+from .sample_stream import HOW_TO_INDEX
 from .settings import SmootSettings
 
 logger = logging.get_logger(__name__)
@@ -52,8 +53,9 @@ def refuse_unsupported(trainer: Trainer) -> None:
         refuse_evaluation_set(trainer.args, dataset)
     _refuse_unsavable(trainer)
     _refuse_splits(trainer.train_dataset)
+    _refuse_count(trainer.train_dataset, trainer.args.num_train_samples)
     if trainer.args.method != "standard":
-        _refuse_training_set(trainer.train_dataset)
+        _refuse_training_set(trainer.train_dataset, trainer.args.num_train_samples)
         _refuse_parallelism(trainer)
 
 
@@ -200,6 +202,17 @@ def warn_of_still_budget(budget: MaskBudget, settings: SmootSettings, epochs: in
     )
 
 
+def warn_of_unseen_samples(budget: MaskBudget) -> None:
+    """Warn where an epoch of a stream has not brought every index: its rows repeat some, or are fewer than was said."""
+    seen = budget.count_visits()
+    if seen < budget.num_samples:
+        logger.warning(
+            f"the stream has brought {seen} different sample_idx in this epoch, not num_train_samples="
+            f"{budget.num_samples}: it has fewer rows; or it repeats an index, and rows of one index share one K; or "
+            "several workers have cut it into incomplete batches, and the last ones were left out"
+        )
+
+
 def _arguments(forward: Callable) -> Mapping[str, inspect.Parameter] | None:
     """What a forward takes, by name; `None` for that of a scripted model, of which nothing is known."""
     try:
@@ -257,15 +270,25 @@ def _refuse_splits(dataset: Any) -> None:
         )
 
 
-def _refuse_training_set(dataset: Any) -> None:
+def _refuse_training_set(dataset: Any, num_train_samples: int | None) -> None:
     if dataset is not None and has_index(dataset) and len(dataset) == 0:
         raise ValueError("train_dataset is empty: K needs at least one training sample")
-    if dataset is None or has_index(dataset):
+    if dataset is None or has_index(dataset) or num_train_samples:
         return
     raise ValueError(
-        f"train_dataset is a {type(dataset).__name__} without length and index, but a K per sample needs both: load it "
-        "with streaming=False (or datasets.Dataset.from_generator), or use method='standard'"
+        f"train_dataset is a {type(dataset).__name__} without length and index, but a K per sample needs both. Set "
+        f"num_train_samples= the number of its rows and give each row its index: {HOW_TO_INDEX}. Or load it with "
+        "streaming=False (or datasets.Dataset.from_generator), or use method='standard'"
     )
+
+
+def _refuse_count(dataset: Any, num_train_samples: int | None) -> None:
+    """Raise where the rows of a training set that can be counted are said to be another number."""
+    if num_train_samples and dataset is not None and has_index(dataset) and len(dataset) != num_train_samples:
+        raise ValueError(
+            f"num_train_samples={num_train_samples} is for streams, and train_dataset has {len(dataset)} samples: "
+            "leave it away"
+        )
 
 
 def _refuse_parallelism(trainer: Trainer) -> None:

@@ -177,6 +177,10 @@ class MaskBudget:
             piece.bitwise_xor_(piece >> 31)
         self.epoch = None
 
+    def count_visits(self) -> int:
+        """How many samples have been seen in the epoch under way; waits for the device."""
+        return sum(int((piece < 0).sum()) for piece in self._stored.split(1 << 24))
+
     def read(self, sample_idx: Tensor) -> Tensor:
         """K of the given samples: int64 (B,) rows of the training set -> int32 (B,), in positions."""
         stored = self._stored[sample_idx]

@@ -45,6 +45,10 @@ class IndexedDataset(Dataset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
+    def first(self) -> IndexedFeatures:
+        """The first row alone, as what a loader fetches."""
+        return self.__getitems__([0])
+
     def __getitems__(self, indices: list[int]) -> IndexedFeatures:
         try:
             if callable(getattr(self.dataset, "__getitems__", None)):

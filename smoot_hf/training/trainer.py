@@ -33,12 +33,14 @@ from .checks import (
     refuse_unsupported,
     warn_of_own_loss,
     warn_of_still_budget,
+    warn_of_unseen_samples,
 )
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
 from .masked_step import compiled_as_the_model, forward, masked_step, runs_cuda_graphs
 from .publishing import PublishingTrainer
 from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset, check_class_labels, class_indices
+from .sample_stream import StreamCollator, with_length
 from .trackers import TRACKERS, LogWindow, Tracking
 
 logger = logging.get_logger(__name__)
@@ -131,6 +133,11 @@ class SmootMixin(PublishingTrainer):
         self.mask_budget = None
         # The model and the training set that K belongs to.
         self._budgeted: tuple[Any, Any] = (None, None)
+        # The third and the fourth argument of a Trainer are the collator and the training set.
+        if args.num_train_samples and len(others) > 1:
+            others = (others[0], with_length(others[1], args.num_train_samples), *others[2:])
+        elif args.num_train_samples and "train_dataset" in more:
+            more["train_dataset"] = with_length(more["train_dataset"], args.num_train_samples)
         super().__init__(model, args, *others, **more)
         self._log_window = LogWindow()
         self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
@@ -153,7 +160,7 @@ class SmootMixin(PublishingTrainer):
         """K of every training sample at its start; looks at the first sample for the size of the images."""
         dataset, collator = self.indexed_parts(self.train_dataset, "training")
         with random_state_kept():
-            first = collator(dataset.__getitems__([0]))
+            first = collator(dataset.first())
         # Weak: a search frees the model of each trial.
         self._budgeted = weakref.ref(self.model), self.train_dataset
         image_size = first["pixel_values"].shape[-2:]
@@ -216,8 +223,17 @@ class SmootMixin(PublishingTrainer):
 
     # --- the index of every sample -----------------------------------------------------------------------------------
 
-    def indexed_parts(self, dataset: Any, description: str) -> tuple[IndexedDataset, IndexedCollator]:
+    def indexed_parts(self, dataset: Any, description: str) -> tuple[Any, Any]:
         """The training set and its collator with `sample_idx`, unused columns removed as the Trainer would."""
+        count = self.args.num_train_samples
+        if not has_index(dataset) and count is not None:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
+            _, indexed = self._with_index(dataset, collator, dataset)
+            return with_length(dataset, count), StreamCollator(indexed, count)
+        if SAMPLE_IDX in (getattr(dataset, "column_names", None) or ()):
+            logger.warning_once(
+                f"the column {SAMPLE_IDX!r} of train_dataset is not used: K belongs to the row's place in the data set"
+            )
         if isinstance(dataset, datasets.Dataset):
             kept, collator = self._remove_unused_columns(dataset, description=description), self.data_collator
         else:
@@ -227,7 +243,7 @@ class SmootMixin(PublishingTrainer):
 
     def _with_index(self, kept: Any, collator: Any, original: Any) -> tuple[IndexedDataset, IndexedCollator]:
         """A data set and the collator of its samples, with `sample_idx`; `original` is it with all its columns."""
-        removed = set(getattr(original, "column_names", [])) - set(getattr(kept, "column_names", []))
+        removed = set(getattr(original, "column_names", None) or ()) - set(getattr(kept, "column_names", None) or ())
         config = getattr(self.model, "config", None)
         num_labels = getattr(config, "num_labels", None)
         num_channels = getattr(vision_config(config), "num_channels", None)
@@ -267,7 +283,7 @@ class SmootMixin(PublishingTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader:
-        if not is_training or not has_index(dataset):
+        if not is_training or not (has_index(dataset) or self.args.num_train_samples):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         indexed, collator = self.indexed_parts(dataset, description)
         sampler_of_original = None if sampler_fn is None else lambda _: sampler_fn(dataset)
@@ -277,7 +293,7 @@ class SmootMixin(PublishingTrainer):
             )
 
     @contextmanager
-    def _replaced(self, collator: IndexedCollator) -> Iterator[None]:
+    def _replaced(self, collator: IndexedCollator | StreamCollator) -> Iterator[None]:
         """Let the Trainer build its loader with `collator` as it is: the columns have been removed before."""
         own, removes_columns = self.data_collator, self.args.remove_unused_columns
         self.data_collator, self.args.remove_unused_columns = collator, False
@@ -299,6 +315,9 @@ class SmootMixin(PublishingTrainer):
         # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.
         self._epoch = epoch
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+        is_whole = self.state.epoch is not None and float(self.state.epoch).is_integer()
+        if self.args.num_train_samples and self.mask_budget is not None and is_whole:
+            warn_of_unseen_samples(self.mask_budget)
 
     def epoch_number(self) -> int:
         """Number of the epoch under way, from 0.

@@ -21,7 +21,7 @@ def test_every_added_field_is_a_flag_with_help(tmp_path):
         "kl_weight": "0.5", "saliency_score": "log_prob", "signed_saliency": "True", "saliency_target": "predicted",
         "saliency_pass": "eval", "shared_dropout": "False", "kl_gradient": "masked", "mask_fill": "mean",
         "fill_step": "0.5", "mask_positions": "random", "mask_cell": "4", "deletion_auc_samples": "64",
-        "overwrite_output_dir": "True", "keep_freed_memory": "True",
+        "overwrite_output_dir": "True", "keep_freed_memory": "True", "num_train_samples": "7",
     }  # fmt: skip
     assert sorted(flags) == sorted(f.name for f in ADDED)
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -41,7 +41,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
         "saliency_score": "logit", "signed_saliency": False, "saliency_target": "label", "saliency_pass": "shared",
         "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform", "fill_step": 0.2,
         "mask_positions": "least_salient", "deletion_auc_samples": 0, "overwrite_output_dir": False,
-        "keep_freed_memory": False,
+        "keep_freed_memory": False, "num_train_samples": None,
     }  # fmt: skip
 
 
@@ -265,7 +265,8 @@ def test_the_settings_are_those_of_the_arguments(tmp_path):
     """Catches a field of the method that stands in one of the two classes only, or with another default."""
     args = SmootTrainingArguments(str(tmp_path), use_cpu=True)
     assert args.settings == SmootSettings()
-    own = {f.name for f in ADDED} - {"deletion_auc_samples", "overwrite_output_dir", "keep_freed_memory"}
+    others = {"deletion_auc_samples", "overwrite_output_dir", "keep_freed_memory", "num_train_samples"}
+    own = {f.name for f in ADDED} - others
     assert own | {"seed", "label_smoothing_factor"} == {f.name for f in fields(SmootSettings)}
     with pytest.raises(FrozenInstanceError):
         args.settings.alpha = 0.5
