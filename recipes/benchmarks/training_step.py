@@ -13,6 +13,7 @@ turn, and their median is what to quote. A step is forward, backward and AdamW; 
 
   standard     the cross-entropy of one forward pass: what a plain `Trainer` does.
   published    the published SGT step (published_sgt.py).
+  naive        SGT as one would write it down: a forward pass for the saliency, and two more for the loss.
   sgt, smoot   ours; 7/3 = 2.33 by the cost model (README, "What it costs").
   masked       smoot with `kl_gradient="masked"` and `saliency_score="log_prob"`; 6/3 = 2.00.
   compiled ..  the same with `torch_compile=True`; their ratio is to the compiled standard step (`--compile`, and
@@ -147,6 +148,7 @@ def make_steps(
         return loss
 
     steps = {"standard": optimized(standard(model))}
+    steps["naive"] = optimized(naive_sgt_loss(model, images, labels, mask_ratio=0.5))
     steps["published"] = optimized(*published_sgt_loss(model, images, labels, mask_ratio=0.5))
     steps |= {way: optimized(ours(way, model)) for way in SETTINGS}
     if mode is not None:
@@ -156,6 +158,22 @@ def make_steps(
             steps[f"compiled {way}"] = optimized(ours(way, network, compiled_pass(mode=mode)))
     steps["masking"] = make_masking(images, sample_idx, cell)
     return steps
+
+
+def naive_sgt_loss(model: nn.Module, images: Tensor, labels: Tensor, mask_ratio: float) -> Callable[[], Tensor]:
+    """The loss of SGT by three forward passes, of which nothing is shared."""
+    k = torch.full_like(labels, int(mask_ratio * images.shape[2:].numel()))
+
+    def loss() -> Tensor:
+        leaf = images.clone().requires_grad_()
+        score = model(pixel_values=leaf).logits.gather(1, labels[:, None]).sum()
+        (gradient,) = torch.autograd.grad(score, leaf)
+        is_masked = SF.least_salient_mask(SF.channel_mean(gradient, signed=False), k)
+        masked = torch.where(is_masked, SF.uniform_fill(images, is_masked, torch.rand_like(images)), images)
+        logits, masked_logits = (model(pixel_values=view).logits for view in (images, masked))
+        return (SF.classification_loss(logits, labels) + SF.kl_divergence(logits, masked_logits)).mean()
+
+    return loss
 
 
 def make_masking(images: Tensor, sample_idx: Tensor, cell: int) -> Step:
