@@ -50,7 +50,18 @@ CENTRAL = (
     "smoot adversarial, most salient",
     "fgsm 0.2",
 )
-SETS = ("forks-digits", "forks", "full-size", "plain-mnist", "cifar-block")
+# What the committed runs are called on the page.
+SETS = {
+    "forks-digits": "digits in blocks",
+    "forks": "MNIST in blocks",
+    "full-size": "MNIST in blocks, full size",
+    "pair": "MNIST beside Fashion-MNIST",
+    "plain-mnist": "MNIST",
+    "cifar-block": "CIFAR-10 in blocks",
+    "plain-cifar": "CIFAR-10",
+}
+# Settings that only photographs were trained with.
+SHORT_STEPS = ("sgt adversarial 0.05, most salient",)
 
 
 class Fork(NamedTuple):
@@ -163,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_whole(PAGE, page)
     draw_forks(runs["forks-digits"], FIGURES / "verdict_forks.png")
     draw_epochs(runs["forks-digits"], FIGURES / "verdict_epochs.png")
+    draw_sets(runs, FIGURES / "verdict_sets.png")
     draw_agreement(runs["forks-digits"], FIGURES / "verdict_agreement.png")
     if options.maps is not None:
         draw_maps(options.maps, options.source, FIGURES / "verdict_maps.png")
@@ -176,7 +188,8 @@ def load(name: str) -> Runs:
 def tables(runs: Mapping[str, Runs]) -> dict[str, str]:
     """Every table of the page by its name."""
     digits = runs["forks-digits"]
-    made = {name: settings_table(found, CENTRAL) for name, found in runs.items()}
+    made = {name: settings_table(found, (*CENTRAL, *SHORT_STEPS)) for name, found in runs.items()}
+    made["pair"] = settings_table(runs["pair"], (*CENTRAL, "sgt mask outside the evidence"))
     made["outside"] = settings_table(digits, OUTSIDE)
     made["long"] = settings_table(digits, LONG)
     made["adversarial"] = settings_table(digits, ADVERSARIAL)
@@ -279,6 +292,38 @@ def draw_forks(runs: Runs, path: Path) -> None:
     axes.set_ylim(-1, len(known))
     axes.set_xlabel("null share of the top 10 % minus that of standard training, percentage points, 95 % interval")
     figure.savefig(path, dpi=DPI)
+
+
+def draw_sets(runs: Mapping[str, Runs], path: Path) -> None:
+    """Null share, accuracy and gap minus standard training's, with intervals, for the main settings on every set."""
+    names = ("sgt signed", "sgt", "sgt random mask", "sgt adversarial, most salient")
+    labels = {NULL: "null share (points)", "accuracy": "accuracy (points)", "gap": "gap (points)"}
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, measure in zip(panels, MEASURES, strict=True):
+        axes.axvline(0, color="black", linewidth=0.8)
+        for row, by_setting in enumerate(runs.values()):
+            for name in (name for name in names if name in by_setting):
+                found = difference(by_setting, name, "standard", measure)
+                if found is None or found.interval is None:
+                    continue
+                height = row + 0.17 * (names.index(name) - 1.5)
+                label = name if (row, measure) == (0, NULL) else None
+                axes.plot(found.interval, (height, height), color=colour_of(name), linewidth=1.5)
+                axes.plot(found.mean, height, "o", color=colour_of(name), markersize=4, label=label)
+        axes.set_xlabel(labels[measure])
+        axes.set_yticks(range(len(runs)), [f"{SETS[one]}, n = {seeds(by_setting)}" for one, by_setting in runs.items()])
+        axes.tick_params(axis="y", labelsize=7)
+    panels[0].invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    figure.suptitle("Minus standard training, paired by seed, 95 % intervals", fontsize=9)
+    figure.savefig(path, dpi=DPI)
+
+
+def seeds(by_setting: Runs) -> str:
+    """Of the settings beside standard training: how many seeds, or from how many to how many."""
+    counts = sorted(len(found) for name, found in by_setting.items() if name in CENTRAL and name != "standard")
+    return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
 def colour_of(name: str) -> str:
