@@ -35,8 +35,18 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a process holds a part of the tensor alone (a `DTensor`, as FSDP 2 and tensor parallelism make it)."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor) or isinstance(tensor.data, DTensor)
+
+
 def _is_convolution_on_cpu(parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 4 and parameter.device.type == "cpu" and parameter.layout == torch.strided
+    is_dense = parameter.layout == torch.strided and not is_sharded(parameter)
+    return parameter.ndim == 4 and parameter.device.type == "cpu" and is_dense
 
 
 @contextlib.contextmanager

@@ -274,6 +274,8 @@ def _draw(budget: Any, faithfulness: Sequence[Faithfulness], examples: Examples 
 def _examples(trainer: Any) -> Examples | None:
     """Some evaluation images, spread evenly over the set; `None`, with a warning, where none can be had."""
     why = _no_examples(trainer.eval_dataset)
+    if trainer.is_fsdp_enabled:
+        why = "one process alone cannot run a model of FSDP"
     if why is None:
         try:
             return _explained_images(trainer)

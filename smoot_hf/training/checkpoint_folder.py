@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
@@ -91,8 +91,12 @@ def describe_model(model: nn.Module) -> str:
     """The class of a model and a hash of the names and shapes of its parameters: two of one size are one model."""
     # A compiled model is the same model.
     original: Any = getattr(model, "_orig_mod", model)
+    kind = type(original)
+    # FSDP 2 gives a module a class of its own, derived from itself and from the module's.
+    if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2:
+        kind = kind.__bases__[1]
     shapes = [(name, tuple(parameter.shape)) for name, parameter in original.named_parameters()]
-    return f"{type(original).__name__}-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]}"
+    return f"{kind.__name__}-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]}"
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -108,6 +112,9 @@ def _is_well_formed(identity: RunIdentity, name: str) -> bool:
 
 logger = logging.get_logger(__name__)
 
+# Files of torch.save; FSDP writes the optimizer's state and the weights under names of its own.
+FSDP_WEIGHTS_NAME, FSDP_OPTIMIZER_NAME = f"{FSDP_MODEL_NAME}.bin", "optimizer.bin"
+_ZIPPED = (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, FSDP_WEIGHTS_NAME, FSDP_OPTIMIZER_NAME)
 # How the files of weights begin: a model's, whole or in shards, an adapter's, and those of engines that shard.
 _WEIGHTS = ("model", "pytorch_model", "adapter_model", "global_step")
 
@@ -157,7 +164,7 @@ def _can_be_read(path: str) -> bool:
         elif name.endswith(".safetensors"):
             with safe_open(path, framework="pt"):
                 pass
-        elif name in (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME) or name.startswith("rng_state"):
+        elif name in _ZIPPED or name.startswith("rng_state"):
             return zipfile.is_zipfile(path)
     except (OSError, ValueError, SafetensorError):
         return False

@@ -17,6 +17,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from ..errors import writing
 from ..fingerprint import dataset_fingerprint
 from .checkpoint_folder import (
+    FSDP_OPTIMIZER_NAME,
+    FSDP_WEIGHTS_NAME,
     RUN_IDENTITY_NAME,
     RunIdentity,
     begin_checkpoint,
@@ -183,23 +185,31 @@ class CheckpointTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if checkpoint is None or self.is_deepspeed_enabled:
             return
-        if any(not os.path.isfile(os.path.join(checkpoint, name)) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)):
+        optimizer = FSDP_OPTIMIZER_NAME if self.is_fsdp_enabled else OPTIMIZER_NAME
+        if any(not os.path.isfile(os.path.join(checkpoint, name)) for name in (optimizer, SCHEDULER_NAME)):
             logger.warning(
-                f"{checkpoint} has no {OPTIMIZER_NAME} and {SCHEDULER_NAME} (save_only_model?): optimizer and learning "
+                f"{checkpoint} has no {optimizer} and {SCHEDULER_NAME} (save_only_model?): optimizer and learning "
                 "rate start afresh"
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if has_other_names(self.model, resume_from_checkpoint):
+        is_of_fsdp = os.path.isfile(os.path.join(resume_from_checkpoint, FSDP_WEIGHTS_NAME))
+        if is_of_fsdp != self.is_fsdp_enabled:
+            there, here = ("with", "without") if is_of_fsdp else ("without", "with")
+            raise ValueError(
+                f"{resume_from_checkpoint} was written {there} FSDP, and this training runs {here} it: resume as it "
+                "was begun, or begin a new training with its weights, by from_pretrained"
+            )
+        if not self.is_fsdp_enabled and has_other_names(self.model, resume_from_checkpoint):
             load_translated(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if has_other_names(self.model, best):
+        if not self.is_fsdp_enabled and has_other_names(self.model, best):
             load_translated(self.model, best)
         else:
             super()._load_best_model()

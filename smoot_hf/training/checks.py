@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import ModelOutput, logging
@@ -18,7 +19,7 @@ from ..errors import first_line
 from ..evaluation.ranked_batches import has_index
 from ..functional import classification_loss
 from ..models.logits import logits_of
-from ..models.state import untouched
+from ..models.state import is_sharded, untouched
 from .mask_budget import MaskBudget
 from .sample_stream import HOW_TO_INDEX
 from .settings import SmootSettings
@@ -88,11 +89,7 @@ def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = Fa
 
 
 def _first_sharded_parameter(model: nn.Module) -> str | None:
-    if not torch.distributed.is_available():
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return next((name for name, parameter in model.named_parameters() if isinstance(parameter.data, DTensor)), None)
+    return next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
 
 
 def _refuse_model(trainer: Trainer) -> None:
@@ -291,6 +288,38 @@ def _refuse_count(dataset: Any, num_train_samples: int | None) -> None:
         )
 
 
+def _refuse_fsdp(trainer: Trainer) -> None:
+    """Raise for every way of FSDP but the one that has been shown to be exact: version 2, whole states."""
+    accelerator = trainer.accelerator
+    plugin: Any = accelerator.state.fsdp_plugin
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            f"FSDP 1 is refused: its gradients have not been shown to be exact here. Set fsdp_config={{'version': 2}}. "
+            f"{_DDP}"
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"fsdp is set, but accelerate runs {accelerator.distributed_type.value} here, which shards nothing: on "
+            "CPUs, and with one process, leave fsdp away"
+        )
+    if "FULL" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"FSDP with {plugin.state_dict_type} is refused: save_model would write no weights, without an error. Set "
+            "fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}"
+        )
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    untried = {
+        "cpu_offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "activation_checkpointing": plugin.activation_checkpointing,
+        "fp16": accelerator.scaler is not None,
+        "torch_compile": trainer.args.torch_compile,
+    }
+    found = next((name for name, is_asked in untried.items() if is_asked), None)
+    if found is not None:
+        raise ValueError(f"FSDP with {found} is refused: the two have not been shown to be exact together. {_DDP}")
+
+
 def _refuse_parallelism(trainer: Trainer) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     if args.n_gpu > 1:
@@ -299,9 +328,7 @@ def _refuse_parallelism(trainer: Trainer) -> None:
             f"`accelerate launch --num_processes {args.n_gpu}`, or CUDA_VISIBLE_DEVICES=0"
         )
     if getattr(trainer, "is_fsdp_enabled", False) or args.fsdp:
-        raise ValueError(
-            f"FSDP is refused: its sharded parameters have not been shown to give exact gradients here. {_DDP}"
-        )
+        _refuse_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
         raise ValueError(f"DeepSpeed is refused: its engine has not been shown to give exact gradients here. {_DDP}")
     if getattr(args, "ddp_static_graph", None):

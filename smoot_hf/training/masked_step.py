@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import functional as SF
 from ..functional.saliency import without_autocast
 from ..models.logits import no_logits, run_classifier
+from ..models.state import is_sharded
 from .settings import SmootSettings
 
 # Keeps the random positions of a control apart from the fill, whose noise has the same seed, epoch and samples.
@@ -240,7 +241,7 @@ def masked_step(
             `saliency_score="log_prob"` takes saliency and gradients from one backward pass of the cross-entropy
             (`loss_pass`): only the sum or mean of `ce` has a gradient then. Either way `outputs` cannot be used in a
             loss; where that is wanted, leave `weights` away. Without effect where a weight has a gradient hook
-            (`Tensor.register_hook`), which is called once, with the whole gradient.
+            (`Tensor.register_hook`), which is called once, with the whole gradient, and where FSDP 2 has sharded one.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
 
     Raises:
@@ -248,7 +249,8 @@ def masked_step(
     """
     images, inputs = images.detach(), other_inputs or {}
     # A hook on a weight would change the clean view's gradient on its own, and then the sum of both views' once more.
-    if weights is not None and any(weight._backward_hooks for weight in weights):
+    # And FSDP computes with weights that it gathers for each pass: those named here, its shards, are in no graph.
+    if weights is not None and any(weight._backward_hooks or is_sharded(weight) for weight in weights):
         weights = None
     network = model if saliency_model is None else saliency_model
     # The final backward pass ends at the model's input: nobody needs the gradient of the resizing there.

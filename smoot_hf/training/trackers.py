@@ -86,7 +86,9 @@ class Tracking(TrainerCallback):
             return
         pictures = {}
         dataset: Any = getattr(eval_dataloader, "dataset", None)
-        if eval_dataloader is not None and has_index(dataset) and len(dataset):
+        if self.trainer.is_fsdp_enabled:
+            logger.warning_once("no saliency grid for the tracker: one process alone cannot run a model of FSDP")
+        elif eval_dataloader is not None and has_index(dataset) and len(dataset):
             try:
                 pictures[_tag(metrics or {})] = self._grid(eval_dataloader)
             except Exception as error:

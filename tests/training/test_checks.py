@@ -1,5 +1,7 @@
 """Set-ups that would train silently wrong are refused by name; those that merely look odd are not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import ParallelismConfig
@@ -63,17 +65,28 @@ def test_data_parallel_is_refused(quick_args):
         SmootTrainer(build("vit"), args, train_dataset=TinyImages())
 
 
-@pytest.mark.parametrize(("flag", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
-def test_sharding_engines_are_refused_by_name(flag, name, quick_args):
-    """Catches a training with gradients that nobody has shown to be exact; standard training stays free to use them."""
+@pytest.mark.parametrize(
+    ("flag", "plugin", "message"),
+    [
+        ("is_deepspeed_enabled", None, "DeepSpeed is refused.*torchrun"),
+        ("is_fsdp_enabled", SimpleNamespace(fsdp_version=1), "FSDP 1 is refused.*'version': 2.*torchrun"),
+        ("is_fsdp_enabled", SimpleNamespace(fsdp_version=2), "fsdp is set, but accelerate runs NO here"),
+    ],
+)
+def test_sharding_engines_are_refused_by_name(flag, plugin, message, quick_args):
+    """Catches a training with gradients that nobody has shown to be exact; standard training stays free to use them.
+
+    FSDP 2 that does shard is in test_fsdp.py.
+    """
 
     class Sharded(SmootTrainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             # What the Trainer sets for FSDP 1, FSDP 2 and any DeepSpeed configuration, by argument or by launcher.
             setattr(self, flag, True)
+            self.accelerator.state.fsdp_plugin = plugin
 
-    with pytest.raises(ValueError, match=f"{name} is refused.*torchrun"):
+    with pytest.raises(ValueError, match=message):
         Sharded(build("vit"), quick_args(), train_dataset=TinyImages())
 
 
