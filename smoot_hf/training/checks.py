@@ -291,8 +291,9 @@ def _refuse_count(dataset: Any, num_train_samples: int | None) -> None:
 def _refuse_fsdp(trainer: Trainer) -> None:
     """Raise for every way of FSDP but the one that has been shown to be exact: version 2, whole states."""
     accelerator = trainer.accelerator
-    plugin: Any = accelerator.state.fsdp_plugin
-    if getattr(plugin, "fsdp_version", 1) != 2:
+    # accelerate makes no plugin where it shards nothing.
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError(
             f"FSDP 1 is refused: its gradients have not been shown to be exact here. Set fsdp_config={{'version': 2}}. "
             f"{_DDP}"
