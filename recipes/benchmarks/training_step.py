@@ -142,7 +142,7 @@ def make_steps(
             )  # fmt: skip
             if args.method == "smoot":
                 budget.update(sample_idx, step.delta, args.settings.step_in_positions(shape[1:]), args.rounding)
-            return (step.ce + args.kl_weight * step.kl).mean()
+            return (step.ce + args.settings.kl_factor * step.kl).mean()
 
         return loss
 
