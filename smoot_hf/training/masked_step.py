@@ -263,8 +263,9 @@ def masked_step(
         logits alone (`ImageClassifierOutput`).
 
     Raises:
-        ValueError: the model's output has no `logits` (B, classes), or they do not carry a gradient; or a share of a
-            model that has both batch statistics and dropout, which `shared_dropout` cannot give to the share alone.
+        ValueError: the model's output has no `logits` (B, classes), or they do not carry a gradient; `is_chosen` of
+            another kind; or `shared_dropout` for a share of a model with batch statistics and dropout, whose draw for
+            the whole batch cannot be repeated for the share.
     """
     # A hook on a weight would change the clean view's gradient on its own, and then the sum of both views' once more.
     if weights is not None and any(weight._backward_hooks for weight in weights):
@@ -277,6 +278,11 @@ def masked_step(
         is_chosen = None if in_share is None else in_share.cpu()
     if is_chosen is None:
         return views.both(batch, model, model)
+    if is_chosen.shape != labels.shape or is_chosen.dtype != torch.bool or is_chosen.device.type != "cpu":
+        raise ValueError(
+            f"is_chosen must be bool ({len(labels)},) on the CPU, one flag per sample, got {is_chosen.dtype} "
+            f"{tuple(is_chosen.shape)} on {is_chosen.device}"
+        )
     if uses_batch_statistics(network):
         return _share_of_one_pass(views, batch, is_chosen)
     return _share_apart(views, batch, is_chosen)

@@ -197,6 +197,13 @@ def test_a_resized_share_is_masked_before_it_is_resized():
     torch.testing.assert_close(step.outputs.logits, model(pixel_values=resize(small)).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [torch.arange(8), torch.ones(7, dtype=torch.bool)])
+def test_a_choice_of_another_kind_is_refused(bad):
+    """Catches positions taken for flags, which would mask every sample but the first."""
+    with pytest.raises(ValueError, match=r"is_chosen must be bool \(8,\) on the CPU, one flag per sample, got"):
+        masked_step(build("vit").train(), *batch(), SmootSettings(masked_share=0.5), is_chosen=bad)
+
+
 # --- batch statistics ------------------------------------------------------------------------------------------------
 
 
