@@ -61,7 +61,7 @@ def train(
             with accelerator.accumulate(model):
                 k = budget.read(rows)
                 step = masked_step(model, images, labels, rows, k, epoch, settings, saliency_model=network)
-                accelerator.backward((step.ce + settings.kl_weight * step.kl).mean())
+                accelerator.backward((step.ce + settings.kl_factor * step.kl).mean())
                 optimizer.step()
                 optimizer.zero_grad()
             seen.append(accelerator.gather((rows, step.delta)))
@@ -79,6 +79,8 @@ def main() -> None:
     (args,) = parser.parse_args_into_dataclasses()
     if args.method == "standard":
         parser.error("method='standard' masks nothing: it needs no loop of its own")
+    if args.masked_every != 1:
+        parser.error(f"masked_every={args.masked_every}: this loop masks in every step; SmootTrainer knows others")
     set_seed(args.seed)
     splits = decode_images(load_image_dataset("digits"))
     train_split, test_split = DecodedImages(splits["train"]), DecodedImages(splits["test"])

@@ -27,6 +27,11 @@ RUNS = {
     "sgt": {"method": "sgt"},
     "stream": {"streams": True},
     "uneven_stream": {"streams": True, "length": 21},
+    # Often one process has nobody of the share, or nobody else; its buffers would then be sent to nobody.
+    "share": {"masked_share": 0.4, "has_buffer": True},
+    "share_accumulated": {"masked_share": 0.4, "masked_every": 2, "gradient_accumulation_steps": 2, "length": 21},
+    "share_loss_pass": {"masked_share": 0.4, "kl_gradient": "masked", "saliency_score": "log_prob", "augments": True},
+    "share_batchnorm": {"masked_share": 0.3, "model": "resnet"},
     "augmented": {"model": "cnn", "dropout": 0.0, "augments": True},
     "frozen_batchnorm": {"model": "resnet", "freezes": True},
     "batchnorm": {"model": "resnet"},
@@ -103,6 +108,8 @@ def train(name, folder, world_size, resume=False):
     data, more = TinyImages(length), {}
     if settings.pop("freezes", False):
         freeze_batch_statistics(model)
+    if settings.pop("has_buffer", False):
+        model.register_buffer("extra", torch.zeros(1))
     if settings.pop("augments", False):
         data = PixelImages(length)
         more["input_pipeline"] = InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)

@@ -45,9 +45,9 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def make_trainer(name, folder, world_size, config=None):
+def make_trainer(name, folder, world_size, config=None, **more_settings):
     """A trainer of one of the runs, under FSDP where there are several processes."""
-    settings = dict(RUNS[name])
+    settings = RUNS[name] | more_settings
     model = build("vit", dropout=settings.pop("dropout", 0.0))
     data, more = TinyImages(24), {"eval_dataset": TinyImages(16)}
     if settings.pop("augments", False):
@@ -115,10 +115,10 @@ def gradients(world_size, rank, **fsdp):
     return {key: whole(parameter.grad) for key, parameter in model.named_parameters()}
 
 
-def said(name, folder, config=None, resume=None):
+def said(name, folder, config=None, resume=None, **more):
     """What is said where a run is refused."""
     try:
-        trainer = make_trainer(name, folder, 2, config)
+        trainer = make_trainer(name, folder, 2, config, **more)
         trainer.train(resume_from_checkpoint=resume)
     except ValueError as error:
         return str(error)
@@ -136,6 +136,7 @@ def main(folder, alone):
         "sharded states": said("sgt", folder / "2", {"state_dict_type": "SHARDED_STATE_DICT"}),
         "checkpointing": said("sgt", folder / "3", {"activation_checkpointing": True}),
         "offload": said("sgt", folder / "4", {"cpu_offload": True}),
+        "share": said("sgt", folder / "5", masked_share=0.5),
         "of one process": said("adamw", Path(alone).parent, resume=str(alone)),
     }
     if rank == 0:

@@ -111,6 +111,19 @@ def counter_uniform(seed, epoch, index, count):
     return [(hash32(hash32(counter) ^ key_1, key_2) >> 8) / 2**24 for counter in range(count)]
 
 
+def in_masked_share(seed, epoch, index, share):
+    """Whether a sample is masked in an epoch: one number of the noise, of a stream of its own ("share")."""
+    return counter_uniform(seed ^ int.from_bytes(b"share"), epoch, index, 1)[0] < share
+
+
+def loss(ce, kl, is_chosen, kl_weight, share, every=1):
+    """Equation 5 where a share of the samples is masked in one of `every` steps: its expectation is Equation 5."""
+    total = 0.0
+    for one_ce, one_kl, chosen in zip(ce, kl, is_chosen, strict=True):
+        total += one_ce + (kl_weight * one_kl * every / share if chosen else 0.0)
+    return total / len(ce)
+
+
 def _positions_of(attribution, evidence):
     """(value, on the evidence) of every position of one image."""
     return [

@@ -97,6 +97,8 @@ class Plan:
             raise ValueError(f"{self.name}: optimizer must be 'adamw' or 'adadelta', got {controls.optimizer!r}")
         if controls.k_control not in ("own", "shuffled", "random_walk"):
             raise ValueError(f"{self.name}: k_control must be 'own', 'shuffled' or 'random_walk'")
+        if controls.masked_outside_evidence and self.train.get("masked_share", 1) != 1:
+            raise ValueError(f"{self.name}: masked_outside_evidence needs masked_share=1")
         if controls.k_control != "own" and method != "smoot":
             raise ValueError(f"{self.name}: k_control={controls.k_control!r} needs method='smoot', whose K moves")
         plain = self.images().planted == "plain"
@@ -223,6 +225,7 @@ def train(
     budget = None if is_standard else MaskBudget.for_training(settings, len(labels), image_size, device=images.device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = _OPTIMIZERS[controls.optimizer](weights, lr=args.learning_rate, weight_decay=args.weight_decay)
+    global_step = 0
     for epoch in range(int(args.num_train_epochs)):
         model.train()
         if budget is not None:
@@ -230,7 +233,9 @@ def train(
             lender = _lenders(len(labels), epoch, args.seed, controls).to(images.device)
         order = epoch_order(len(labels), epoch, args.seed).to(images.device)
         for rows in order.split(args.per_device_train_batch_size):
-            if budget is None:
+            is_masked = settings.masks_at(global_step)
+            global_step += 1
+            if budget is None or not is_masked:
                 loss = _standard_loss(model, images[rows], labels[rows], args, controls)
             else:
                 k = budget.read(lender[rows])
@@ -239,11 +244,11 @@ def train(
                     noise = SF.counter_uniform(args.seed ^ _OUTSIDE_STREAM, epoch, rows, image_size)
                     named = {"clean_pass": partial(_pass_ranked_by, (evidence[rows] + noise)[:, None])}
                 step = masked_step(model, images[rows], labels[rows], rows, k, epoch, settings, **named)
-                loss = step.ce.mean() + settings.kl_weight * step.kl.mean()
+                loss = step.ce.mean() + settings.kl_factor * step.kl.mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if budget is not None:
+            if budget is not None and is_masked:
                 # A step whose loss is not finite says nothing of the mask.
                 delta = torch.where(torch.isfinite(loss.detach()), step.delta, math.nan)
                 if controls.k_control == "random_walk":

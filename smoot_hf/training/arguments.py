@@ -111,6 +111,8 @@ class SmootTrainingArguments(TrainingArguments):
     saliency_pass: Literal["shared", "eval"] = _of_settings("saliency_pass")
     shared_dropout: bool = _of_settings("shared_dropout")
     kl_gradient: Literal["both", "masked"] = _of_settings("kl_gradient")
+    masked_share: float = _of_settings("masked_share")
+    masked_every: int = _of_settings("masked_every")
     mask_positions: Literal["least_salient", "random", "most_salient", "alternating"] = _of_settings("mask_positions")
     mask_fill: Literal["uniform", "mean", "other_image", "adversarial"] = _of_settings("mask_fill")
     fill_step: float = _of_settings("fill_step")

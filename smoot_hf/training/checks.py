@@ -21,6 +21,7 @@ from ..functional import classification_loss
 from ..models.logits import logits_of
 from ..models.state import is_sharded, untouched
 from .mask_budget import MaskBudget
+from .masked_step import runs_cuda_graphs
 from .sample_stream import HOW_TO_INDEX
 from .settings import SmootSettings
 
@@ -58,6 +59,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
     if trainer.args.method != "standard":
         _refuse_training_set(trainer.train_dataset, trainer.args.num_train_samples)
         _refuse_parallelism(trainer)
+        _refuse_graphs_of_shares(trainer)
 
 
 def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = False) -> None:
@@ -188,14 +190,15 @@ def warn_of_still_budget(budget: MaskBudget, settings: SmootSettings, epochs: in
         epochs: of the whole training; K of a sample moves once in each.
     """
     step = settings.step_in_positions(budget.image_size)
-    farthest = _FARTHEST[settings.rounding](step)
-    if step == 0 or budget.k_min == budget.k_max or farthest * epochs >= _NOTICEABLE_MOVE * budget.positions:
+    farthest, share = _FARTHEST[settings.rounding](step), settings.masked_share / settings.masked_every
+    if step == 0 or budget.k_min == budget.k_max or farthest * epochs * share >= _NOTICEABLE_MOVE * budget.positions:
         return
+    masked = "" if share == 1 else f", in {share:.3g} of which a sample is masked"
     advice = "" if settings.step_unit == "auto" else ", or leave step_unit at 'auto', which scales it with the image"
     logger.warning(
         f"K will hardly move: step_size={settings.step_size} with step_unit={settings.step_unit!r} and "
         f"rounding={settings.rounding!r} moves it by at most {farthest} of {budget.positions} {budget.unit} in an "
-        f"epoch, and this training has {epochs}. Raise step_size{advice}"
+        f"epoch, and this training has {epochs}{masked}. Raise step_size{advice}"
     )
 
 
@@ -315,6 +318,8 @@ def _refuse_fsdp(trainer: Trainer) -> None:
         "activation_checkpointing": plugin.activation_checkpointing,
         "fp16": accelerator.scaler is not None,
         "torch_compile": trainer.args.torch_compile,
+        # Processes would gather weights as often as they have chosen samples, and wait for each other.
+        "masked_share below 1": trainer.args.masked_share < 1,
     }
     found = next((name for name, is_asked in untried.items() if is_asked), None)
     if found is not None:
@@ -350,6 +355,15 @@ def _refuse_parallelism(trainer: Trainer) -> None:
     if accelerator.num_processes > 1 and not accelerator.even_batches:
         raise ValueError(
             "even_batches=False is refused with several processes: K is shared batch by batch. Leave it away"
+        )
+
+
+def _refuse_graphs_of_shares(trainer: Trainer) -> None:
+    if trainer.args.masked_share < 1 and runs_cuda_graphs(trainer.accelerator):
+        raise ValueError(
+            f"masked_share={trainer.args.masked_share} is refused with torch_compile_mode="
+            f"{trainer.args.torch_compile_mode!r}: a CUDA graph would be recorded for every number of chosen samples. "
+            "Leave the mode away, or set masked_share=1 with masked_every above 1"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from .. import functional as SF
 from ..fingerprint import fingerprints_differ
@@ -404,13 +404,13 @@ class BudgetMoves(TrainerCallback):
         """Keep the loss scale that the step is about to be taken with."""
         self._scale = self._loss_scale()
 
-    def on_optimizer_step(self, args: Any, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Move K by everything that the step was made of.
 
         Raises:
-            RuntimeError: nothing was masked, though `args.method` says so.
+            RuntimeError: nothing was masked, though `args.method` and `args.masked_every` say so.
         """
-        if args.method == "standard":
+        if not args.settings.masks_at(state.global_step):
             return
         if not self._waiting:
             raise RuntimeError(_NOTHING_MASKED.format(method=args.method))

@@ -11,6 +11,8 @@ from transformers import default_data_collator
 from ..errors import first_line
 
 SAMPLE_IDX = "sample_idx"
+# The same rows as a list of integers, which stays on the host: what is chosen by them is known there without a wait.
+SAMPLE_ROWS = "sample_rows"
 
 _MAKE_IMAGES = (
     "set a transform or a data collator that makes them, tensors (C, H, W) under 'pixel_values', and "
@@ -73,6 +75,7 @@ class IndexedCollator:
         num_channels: channels of the images that the model takes, `None` where it does not say.
         expects_uint8: the images go through an `InputPipeline`, which takes uint8.
         removed: columns that the Trainer has removed from the data set.
+        keeps_rows: attach `sample_rows` as well, for the choice of `masked_share`.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class IndexedCollator:
         num_channels: int | None,
         expects_uint8: bool,
         removed: Collection[str] = (),
+        keeps_rows: bool = False,
     ) -> None:
         self.collator = collator
         self.label_name = label_name
@@ -90,6 +94,7 @@ class IndexedCollator:
         self.num_channels = num_channels
         self.expects_uint8 = expects_uint8
         self.removed = removed
+        self.keeps_rows = keeps_rows
 
     def __call__(self, indexed: IndexedFeatures) -> dict[str, Any]:
         """Collate what `IndexedDataset` fetched.
@@ -104,11 +109,13 @@ class IndexedCollator:
             raise
         if not isinstance(batch, Mapping):
             raise ValueError(f"the data collator must return a dict, got {type(batch).__name__}")
-        if SAMPLE_IDX in batch:
-            raise ValueError(f"{SAMPLE_IDX!r} is attached by the trainer: let the data collator not return it")
+        attached: dict[str, Any] = {SAMPLE_IDX: torch.tensor(indexed.sample_idx, dtype=torch.int64)}
+        attached |= {SAMPLE_ROWS: indexed.sample_idx} if self.keeps_rows else {}
+        for name in attached.keys() & batch.keys():
+            raise ValueError(f"{name!r} is attached by the trainer: let the data collator not return it")
         self._check_images(batch.get("pixel_values"), indexed.sample_idx, sorted(batch))
         labels = self._checked_labels(batch.get(self.label_name), indexed.sample_idx, sorted(batch))
-        return {**batch, self.label_name: labels, SAMPLE_IDX: torch.tensor(indexed.sample_idx, dtype=torch.int64)}
+        return {**batch, self.label_name: labels, **attached}
 
     def _explain(self, indexed: IndexedFeatures, error: Exception) -> None:
         """Raise what a collator's error comes from, where that is known."""

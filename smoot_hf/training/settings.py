@@ -54,12 +54,18 @@ class SmootSettings:
         shared_dropout: use the same dropout draw for clean and masked images, so that delta measures the mask alone.
         kl_gradient: `"both"`: the KL term's gradient flows through both predictions. `"masked"`: only through that of
             the masked images; the clean prediction is a constant.
+        masked_share: r, the share of the samples that are masked, in (0, 1]. A hash of seed, epoch and sample chooses
+            them anew in every epoch. The others are trained by their cross-entropy alone, as in standard training, and
+            their K stays. The KL of the chosen is weighted by 1 / r, so that the loss is the same in expectation.
+        masked_every: n, only every n-th step of the optimizer is masked, beginning with the first; the others are
+            standard steps, in which no K moves. The KL is weighted by n.
         mask_positions: which K positions are masked: `"least_salient"` (Algorithm 2), or those of a control that shows
             what the ranking is good for: `"random"`, `"most_salient"`, or `"alternating"` (the least salient in even
             epochs, the most salient in odd ones; the first epoch is 0).
         mask_fill: what replaces a pixel: `"uniform"` (Section 4.1), `"mean"` (of its channel in that image), or
-            `"other_image"` (the same pixel of the next image of the batch, so that a batch of one stays as it is), or
-            `"adversarial"` (the pixel itself, moved by `fill_step` against the sign of the score's gradient).
+            `"other_image"` (the same pixel of the next image of the batch, with `masked_share` of its chosen ones, so
+            that one alone stays as it is), or `"adversarial"` (the pixel itself, moved by `fill_step` against the
+            sign of the score's gradient).
         fill_step: how far `mask_fill="adversarial"` moves each value, in the units of the normalised images, at least
             0; unused otherwise.
         label_smoothing_factor: of the cross-entropy, in [0, 1].
@@ -105,6 +111,13 @@ class SmootSettings:
     kl_gradient: Literal["both", "masked"] = _setting(
         "both", "Where the KL term's gradient flows: through both predictions, or the masked one alone."
     )
+    masked_share: float = _setting(
+        1.0,
+        "Share of the samples that are masked, in (0, 1]; the KL of these is weighted by its inverse. Cheaper below 1.",
+    )
+    masked_every: int = _setting(
+        1, "Mask in every n-th step of the optimizer only, the KL weighted by n; the other steps are standard ones."
+    )
     mask_positions: Literal["least_salient", "random", "most_salient", "alternating"] = _setting(
         "least_salient", "Which K positions are masked; random, most_salient and alternating (by epoch) are controls."
     )
@@ -131,7 +144,8 @@ class SmootSettings:
             require_number(name, getattr(self, name), 0, 1)
         for name in ("step_size", "kl_weight", "fill_step"):
             require_number(name, getattr(self, name), 0, math.inf)
-        for name in ("top_n", "mask_cell"):
+        require_number("masked_share", self.masked_share, 0, 1, excludes_low=True)
+        for name in ("top_n", "mask_cell", "masked_every"):
             require_count(name, getattr(self, name), 1)
         if self.method == "smoot" and not self.mask_ratio_min <= self.mask_ratio <= self.mask_ratio_max:
             raise ValueError(
@@ -139,6 +153,22 @@ class SmootSettings:
                 f"mask_ratio_min={self.mask_ratio_min}, mask_ratio={self.mask_ratio}, "
                 f"mask_ratio_max={self.mask_ratio_max}"
             )
+
+    @property
+    def kl_factor(self) -> float:
+        """What the mean KL of a masked step is multiplied by in the loss: lambda * n / r.
+
+        So the loss is that of Equation 5 in expectation, with `masked_share` r and `masked_every` n.
+        """
+        return self.kl_weight * self.masked_every / self.masked_share
+
+    def masks_at(self, global_step: int) -> bool:
+        """Whether a step of the optimizer is a masked one.
+
+        Args:
+            global_step: steps that the optimizer has taken before, from the beginning of the training.
+        """
+        return self.method != "standard" and global_step % self.masked_every == 0
 
     def step_in_positions(self, image_size: tuple[int, int]) -> float:
         """mu in the positions that K counts, for images of (H, W): pixels, or cells (`mask_cell`).
@@ -155,16 +185,18 @@ class SmootSettings:
         return self.step_size * rows * columns / _POSITIONS_OF_THE_PAPER
 
 
-def require_number(name: str, value: float, low: float, high: float) -> None:
-    """Refuse what is no number in [low, high].
+def require_number(name: str, value: float, low: float, high: float, excludes_low: bool = False) -> None:
+    """Refuse what is no number in [low, high], or in (low, high].
 
     Raises:
         ValueError: naming the field, its value and the range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    if not (low <= value <= high and math.isfinite(value)):
-        allowed = f"in [{low}, {high}]" if math.isfinite(high) else f"finite and at least {low}"
+    if not (low <= value <= high and math.isfinite(value)) or (excludes_low and value == low):
+        allowed = (
+            f"in {'(' if excludes_low else '['}{low}, {high}]" if math.isfinite(high) else f"finite and at least {low}"
+        )
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 

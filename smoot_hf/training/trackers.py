@@ -27,22 +27,36 @@ class LogWindow:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        # Tensors where the device alone knows the number.
+        self._counts: dict[str, Tensor | int] = {}
 
-    def add(self, **values: Tensor) -> None:
-        """Take in a batch: (B,) per-sample values by name; detached here."""
+    def add(self, is_counted: Tensor | None = None, **values: Tensor) -> None:
+        """Take in a batch: (B,) per-sample values by name; detached here.
+
+        Args:
+            is_counted: bool (B,) on the device of the values, the samples that they are known of; `None`: all.
+            **values: (B,) each.
+        """
         for name, value in values.items():
-            total = value.detach().float().sum()
+            value = value.detach().float()
+            count: Tensor | int = value.numel()
+            if is_counted is not None:
+                value, count = torch.where(is_counted, value, 0.0), is_counted.sum()
+            total = value.sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + value.numel()
+            self._counts[name] = self._counts.get(name, 0) + count
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the window and over all processes, which call this together; the window starts afresh."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        """Means over the window and over all processes, which call this together; the window starts afresh.
+
+        What was known of no sample is left out.
+        """
+        sums = self._sums
+        counts = {name: torch.as_tensor(self._counts[name], device=total.device) for name, total in sums.items()}
         self._sums, self._counts = {}, {}
-        if means and accelerator.num_processes > 1:
-            means = accelerator.reduce(means, reduction="mean")
-        return {name: mean.item() for name, mean in means.items()}
+        if sums and accelerator.num_processes > 1:
+            sums, counts = (accelerator.reduce(part, reduction="sum") for part in (sums, counts))
+        return {name: (total / counts[name]).item() for name, total in sums.items() if counts[name].item()}
 
 
 logger = logging.get_logger(__name__)

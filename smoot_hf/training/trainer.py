@@ -37,9 +37,10 @@ from .checks import (
 )
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
+from .masked_share import in_masked_share
 from .masked_step import compiled_as_the_model, forward, masked_step, runs_cuda_graphs
 from .publishing import PublishingTrainer
-from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset, check_class_labels, class_indices
+from .sample_index import SAMPLE_IDX, SAMPLE_ROWS, IndexedCollator, IndexedDataset, check_class_labels, class_indices
 from .sample_stream import StreamCollator, with_length
 from .trackers import TRACKERS, LogWindow, Tracking
 
@@ -219,7 +220,8 @@ class SmootMixin(PublishingTrainer):
         assert budget is not None
         settings = self.args.settings
         moved = budget.update(sample_idx, delta, settings.step_in_positions(budget.image_size), settings.rounding)
-        self._log_window.add(k_up=moved > 0, k_down=moved < 0)
+        is_chosen = in_masked_share(settings, self.epoch_number(), sample_idx)
+        self._log_window.add(is_chosen, k_up=moved > 0, k_down=moved < 0)
 
     # --- the index of every sample -----------------------------------------------------------------------------------
 
@@ -248,7 +250,9 @@ class SmootMixin(PublishingTrainer):
         num_labels = getattr(config, "num_labels", None)
         num_channels = getattr(vision_config(config), "num_channels", None)
         uint8 = self.input_pipeline is not None
-        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8, removed)
+        # accelerate takes the batches of a stream apart, and could do that with tensors alone.
+        keeps_rows = self.args.masked_share < 1 and has_index(original)
+        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8, removed, keeps_rows)
         return IndexedDataset(kept, removed), indexed
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
@@ -370,13 +374,15 @@ class SmootMixin(PublishingTrainer):
                 raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}: let the data collator make it")
         labels = class_indices(inputs.pop(label_name), label_name)
         images = inputs.pop("pixel_values")
-        sample_idx = inputs.pop(SAMPLE_IDX, None)
+        sample_idx, rows = inputs.pop(SAMPLE_IDX, None), inputs.pop(SAMPLE_ROWS, None)
         is_training = model.training and torch.is_grad_enabled()
         if is_training:
             self._warn_of_own_loss_once(images, labels, inputs)
-        if is_training and self.args.method != "standard":
+        if is_training and self.args.settings.masks_at(self.state.global_step):
             weights = self._loss_weights(return_outputs)
-            loss, outputs = self._masked_loss(model, images, labels, sample_idx, inputs, num_items_in_batch, weights)
+            loss, outputs = self._masked_loss(
+                model, images, labels, sample_idx, rows, inputs, num_items_in_batch, weights
+            )
         else:
             # In evaluation the pipeline has resized already, as the image processor does.
             outputs, logits = forward(model, self._resize(images) if is_training else images, inputs)
@@ -396,6 +402,7 @@ class SmootMixin(PublishingTrainer):
         images: Tensor,
         labels: Tensor,
         sample_idx: Tensor | None,
+        rows: list[int] | None,
         others: dict[str, Any],
         num_items_in_batch: Tensor | int | None,
         weights: list[Tensor] | None,
@@ -411,6 +418,7 @@ class SmootMixin(PublishingTrainer):
             )
         budget.begin_epoch(epoch)
 
+        is_chosen = None if rows is None else in_masked_share(settings, epoch, torch.tensor(rows))
         step = masked_step(
             model,
             images,
@@ -424,10 +432,12 @@ class SmootMixin(PublishingTrainer):
             saliency_model=self.model,
             weights=weights,
             clean_pass=self._clean_pass,
+            is_chosen=is_chosen,
         )
-        self._log_window.add(ce_loss=step.ce, kl_loss=step.kl, delta=step.delta)
+        self._log_window.add(ce_loss=step.ce)
+        self._log_window.add(in_masked_share(settings, epoch, sample_idx), kl_loss=step.kl, delta=step.delta)
         ce_loss = self._classification_loss(step.outputs, labels, step.ce, num_items_in_batch)
-        loss = ce_loss + settings.kl_weight * _batch_mean(step.kl, num_items_in_batch)
+        loss = ce_loss + settings.kl_factor * _batch_mean(step.kl, num_items_in_batch)
         self._budget_moves.add(sample_idx, step.delta, loss)
         return loss, step.outputs
 

@@ -45,6 +45,7 @@ LOOPS = {
     "random positions": {"mask_positions": "random", "step_size": 300.0},
     "alternating positions": {"mask_positions": "alternating", "step_size": 300.0},
     "loss pass": {"kl_gradient": "masked", "saliency_score": "log_prob", "step_size": 300.0, "kl_weight": 0.5},
+    "share": {"masked_share": 0.4, "masked_every": 2, "step_size": 300.0},
     "eval pass": {"saliency_pass": "eval", "step_size": 500.0, "step_unit": "percent", "rounding": "trunc"},
 }
 
@@ -268,6 +269,7 @@ def test_other_sets_and_networks_run(planted):
         ({"k_control": "sorted"}, "k_control must be"),
         ({"gradient_penalty": 1.0}, "go with method='standard'"),
         ({"masked_outside_evidence": True}, "masked_outside_evidence needs method='sgt'"),
+        ({"masked_outside_evidence": True, "masked_share": 0.5}, "masked_outside_evidence needs masked_share=1"),
     ],
 )
 def test_what_a_run_does_not_know_is_refused(train, message):

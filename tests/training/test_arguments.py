@@ -20,7 +20,8 @@ def test_every_added_field_is_a_flag_with_help(tmp_path):
         "step_unit": "percent", "rounding": "trunc", "alpha": "0.95", "top_n": "3", "delta_mode": "label",
         "kl_weight": "0.5", "saliency_score": "log_prob", "signed_saliency": "True", "saliency_target": "predicted",
         "saliency_pass": "eval", "shared_dropout": "False", "kl_gradient": "masked", "mask_fill": "mean",
-        "fill_step": "0.5", "mask_positions": "random", "mask_cell": "4", "deletion_auc_samples": "64",
+        "fill_step": "0.5", "mask_positions": "random", "mask_cell": "4", "masked_share": "0.25",
+        "masked_every": "2", "deletion_auc_samples": "64",
         "overwrite_output_dir": "True", "keep_freed_memory": "True", "num_train_samples": "7",
     }  # fmt: skip
     assert sorted(flags) == sorted(f.name for f in ADDED)
@@ -40,6 +41,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
         "kl_weight": 1.0,
         "saliency_score": "logit", "signed_saliency": False, "saliency_target": "label", "saliency_pass": "shared",
         "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform", "fill_step": 0.2,
+        "masked_share": 1.0, "masked_every": 1,
         "mask_positions": "least_salient", "deletion_auc_samples": 0, "overwrite_output_dir": False,
         "keep_freed_memory": False, "num_train_samples": None,
     }  # fmt: skip
@@ -58,6 +60,11 @@ def test_defaults_are_those_of_the_design(tmp_path):
         ("top_n", 0, "top_n must be finite and at least 1, got 0"),
         ("mask_cell", 0, "mask_cell must be finite and at least 1, got 0"),
         ("mask_cell", 1.5, "mask_cell must be a whole number, got 1.5"),
+        ("masked_share", 0.0, r"masked_share must be in \(0, 1\], got 0.0"),
+        ("masked_share", 1.5, r"masked_share must be in \(0, 1\], got 1.5"),
+        ("masked_share", float("nan"), r"masked_share must be in \(0, 1\], got nan"),
+        ("masked_every", 0, "masked_every must be finite and at least 1, got 0"),
+        ("masked_every", 1.5, "masked_every must be a whole number, got 1.5"),
         ("top_n", 2.5, r"top_n must be a whole number, got 2.5"),
         ("deletion_auc_samples", -1, "deletion_auc_samples must be finite and at least 0, got -1"),
         ("step_size", -1.0, "step_size must be finite and at least 0, got -1.0"),

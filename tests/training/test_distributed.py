@@ -17,6 +17,7 @@ HERE = Path(__file__).parents[1]
 EXACT = [
     *("vit", "uneven", "few", "accumulated", "uneven_accumulated", "few_accumulated"),
     *("eval_pass", "loss_pass", "sgt", "stream", "augmented", "frozen_batchnorm"),
+    *("share", "share_accumulated", "share_loss_pass"),
 ]
 LARGEST, MEAN = 1e-5, 1e-6
 SEVERAL = [2, 4]
@@ -87,9 +88,10 @@ def test_several_processes_equal_one(processes, name, results):
 
 
 @pytest.mark.parametrize("processes", SEVERAL)
-def test_logs_are_of_all_processes(processes, results):
-    """Catches logs of the first rank's samples alone."""
-    alone, together = (results[n][0]["vit"]["logs"] for n in (1, processes))
+@pytest.mark.parametrize("name", ["vit", "share"])
+def test_logs_are_of_all_processes(name, processes, results):
+    """Catches logs of the first rank's samples alone, and a mean over processes with unlike numbers of samples."""
+    alone, together = (results[n][0][name]["logs"] for n in (1, processes))
     for one, two in zip(alone, together, strict=True):
         for name in {"ce_loss", "kl_loss", "delta", "k_up", "k_down", "k_median"} & one.keys():
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name

@@ -35,16 +35,19 @@ def test_accumulation_of_four_is_the_plain_trainers_on_vit(tmp_path, quick_train
     assert largest_difference(dict(plain.model.named_parameters()), parameters(ours)) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["standard", "sgt", "smoot"])
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [("standard", {}), ("sgt", {}), ("smoot", {}), ("smoot", {"masked_share": 0.4, "masked_every": 2})],
+)
 @pytest.mark.parametrize("name", ["vit", "timm", "resnet", "cnn"])
-def test_accumulation_of_four_is_the_fourfold_batch(name, method, quick_trainer):
+def test_accumulation_of_four_is_the_fourfold_batch(name, method, share, quick_trainer):
     """Catches an inflated loss: the stock Trainer's on ResNet, whose loss is a mean of every micro-batch."""
     final = {}
     for accumulation in (1, 4):
         model = without_dropout_and_batch_statistics(name)
         trainer = quick_trainer(
             model, method=method, gradient_accumulation_steps=accumulation,
-            per_device_train_batch_size=8 // accumulation, step_size=300, optim="sgd",
+            per_device_train_batch_size=8 // accumulation, step_size=300, optim="sgd", **share,
         )  # fmt: skip
         trainer.train()
         final[accumulation] = parameters(trainer), None if method == "standard" else trainer.mask_budget.k

@@ -86,6 +86,7 @@ def test_gradients_in_float64_are_those_of_one_process(reshards, together):
         ("sharded states", "save_model would write no weights.*FULL_STATE_DICT"),
         ("checkpointing", "FSDP with activation_checkpointing is refused"),
         ("offload", "FSDP with cpu_offload is refused"),
+        ("share", "FSDP with masked_share below 1 is refused"),
         ("of one process", "was written without FSDP, and this training runs with it: resume as it was begun"),
     ],
 )

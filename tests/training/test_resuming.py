@@ -59,6 +59,7 @@ ODD = {
     ),
     "drop last": ("cnn", {"dataloader_drop_last": True}),
     "accumulation": ("cnn", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+    "share": ("cnn", {"masked_share": 0.4, "masked_every": 3}),
     "loss pass": ("cnn", {"saliency_score": "log_prob", "kl_gradient": "masked"}),
     "smoothed labels": ("cnn", {"saliency_score": "log_prob", "label_smoothing_factor": 0.1, "shared_dropout": False}),
     "compiled": ("cnn", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),

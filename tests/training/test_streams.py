@@ -150,6 +150,15 @@ def test_resumed_in_mid_stream_equals_uninterrupted(step, tmp_path):
     assert all(torch.equal(value, parameters(whole)[name]) for name, value in parameters(rest).items())
 
 
+def test_a_share_of_a_stream_is_that_of_the_same_rows_with_a_length(quick_trainer, trained):
+    """Catches rows of the share that accelerate cannot take apart, and a choice by the place in the stream."""
+    settings = {"masked_share": 0.5, "num_train_epochs": 2, "max_steps": -1, "train_sampling_strategy": "sequential"}
+    one = trained(train_dataset=Stream(rows()), num_train_samples=COUNT, **settings)
+    other = trained(train_dataset=TinyImages(), **settings)
+    assert torch.equal(one.mask_budget.k, other.mask_budget.k)
+    assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
+
+
 def test_a_stream_goes_through_a_pipeline(quick_trainer):
     """Catches augmentation without the index, and uint8 that the checks refuse."""
     pipeline = InputPipeline(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=1)
