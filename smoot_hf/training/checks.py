@@ -383,7 +383,7 @@ def _refuse_unsavable(trainer: Trainer) -> None:
             )
 
 
-# What the three layers override of `Trainer` without being promised that it exists: were one of these renamed, K would
+# What the four layers override of `Trainer` without being promised that it exists: were one of these renamed, K would
 # silently not be saved, say, or every image keep its first K.
 PRIVATE_METHODS = (
     "_get_dataloader",

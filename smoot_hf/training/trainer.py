@@ -3,11 +3,9 @@
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,9 +16,8 @@ from transformers.utils import logging
 from .. import functional as SF
 from ..data.input_pipeline import InputPipeline
 from ..evaluation.faithfulness import evaluate_faithfulness
-from ..evaluation.ranked_batches import NothingToMeasureError, evenly_spread, has_index
+from ..evaluation.ranked_batches import NothingToMeasureError, evenly_spread
 from ..fingerprint import is_identified
-from ..models.classifier import vision_config
 from ..models.state import random_state_kept
 from .allocator import freed_memory_kept
 from .arguments import SmootTrainingArguments
@@ -35,13 +32,12 @@ from .checks import (
     warn_of_still_budget,
     warn_of_unseen_samples,
 )
+from .indexing import IndexingTrainer
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
 from .masked_share import in_masked_share
 from .masked_step import compiled_as_the_model, forward, masked_step, runs_cuda_graphs
-from .publishing import PublishingTrainer
-from .sample_index import SAMPLE_IDX, SAMPLE_ROWS, IndexedCollator, IndexedDataset, check_class_labels, class_indices
-from .sample_stream import StreamCollator, with_length
+from .sample_index import SAMPLE_IDX, SAMPLE_ROWS, check_class_labels, class_indices
 from .trackers import TRACKERS, LogWindow, Tracking
 
 logger = logging.get_logger(__name__)
@@ -60,7 +56,7 @@ _REPLACED = {
 }
 
 
-class SmootMixin(PublishingTrainer):
+class SmootMixin(IndexingTrainer):
     """Adds training by SMOOT and SGT (Equations 1 to 6) to any class that derives from `transformers.Trainer`.
 
     Define `class Mine(SmootMixin, TheirTrainer)`; `Mine` takes the arguments of both. `SmootTrainer` is this mixin on
@@ -99,8 +95,6 @@ class SmootMixin(PublishingTrainer):
     data_collator: Any
     label_names: list[str]
     mask_budget: Any
-    # The training set without the columns that the model does not take: other columns, the same rows.
-    _kept_columns: Any = None
     _epoch: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,16 +124,10 @@ class SmootMixin(PublishingTrainer):
         # Before the Trainer, which fails in accelerate's words where the processes are too few.
         refuse_model_parallelism(model, args.parallelism_config)
         make_output_dir(args)
-        self.input_pipeline = input_pipeline
         self.mask_budget = None
         # The model and the training set that K belongs to.
         self._budgeted: tuple[Any, Any] = (None, None)
-        # The third and the fourth argument of a Trainer are the collator and the training set.
-        if args.num_train_samples and len(others) > 1:
-            others = (others[0], with_length(others[1], args.num_train_samples), *others[2:])
-        elif args.num_train_samples and "train_dataset" in more:
-            more["train_dataset"] = with_length(more["train_dataset"], args.num_train_samples)
-        super().__init__(model, args, *others, **more)
+        super().__init__(model, args, *others, input_pipeline=input_pipeline, **more)
         self._log_window = LogWindow()
         self._budget_moves = BudgetMoves(self.accelerator, self._move_budget)
         self.add_callback(self._budget_moves)
@@ -223,89 +211,6 @@ class SmootMixin(PublishingTrainer):
         is_chosen = in_masked_share(settings, self.epoch_number(), sample_idx)
         self._log_window.add(is_chosen, k_up=moved > 0, k_down=moved < 0)
 
-    # --- the index of every sample -----------------------------------------------------------------------------------
-
-    def indexed_parts(self, dataset: Any, description: str) -> tuple[Any, Any]:
-        """The training set and its collator with `sample_idx`, unused columns removed as the Trainer would."""
-        count = self.args.num_train_samples
-        if not has_index(dataset) and count is not None:
-            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
-            _, indexed = self._with_index(dataset, collator, dataset)
-            return with_length(dataset, count), StreamCollator(indexed, count)
-        if SAMPLE_IDX in (getattr(dataset, "column_names", None) or ()):
-            logger.warning_once(
-                f"the column {SAMPLE_IDX!r} of train_dataset is not used: K belongs to the row's place in the data set"
-            )
-        if isinstance(dataset, datasets.Dataset):
-            kept, collator = self._remove_unused_columns(dataset, description=description), self.data_collator
-        else:
-            kept = dataset
-            collator = self._get_collator_with_removed_columns(self.data_collator, description=description)
-        return self._with_index(kept, collator, dataset)
-
-    def _with_index(self, kept: Any, collator: Any, original: Any) -> tuple[IndexedDataset, IndexedCollator]:
-        """A data set and the collator of its samples, with `sample_idx`; `original` is it with all its columns."""
-        removed = set(getattr(original, "column_names", None) or ()) - set(getattr(kept, "column_names", None) or ())
-        config = getattr(self.model, "config", None)
-        num_labels = getattr(config, "num_labels", None)
-        num_channels = getattr(vision_config(config), "num_channels", None)
-        uint8 = self.input_pipeline is not None
-        # accelerate takes the batches of a stream apart, and could do that with tensors alone.
-        keeps_rows = self.args.masked_share < 1 and has_index(original)
-        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8, removed, keeps_rows)
-        return IndexedDataset(kept, removed), indexed
-
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        kept = super()._remove_unused_columns(dataset, description)
-        if dataset is self.train_dataset:
-            self._kept_columns = kept
-        return kept
-
-    def _attach_index(self, loader: Any) -> None:
-        """Let a loader say which rows its batches hold that a `get_train_dataloader` of the user's own has made.
-
-        One over other rows than the training set's, or without batches, is left as it is: there is no index to attach.
-        """
-        dataset = getattr(loader, "dataset", None)
-        is_training_set = dataset is self.train_dataset or (dataset is not None and dataset is self._kept_columns)
-        if not isinstance(loader, DataLoader) or not is_training_set or not has_index(dataset):
-            return
-        if loader.batch_sampler is None:
-            return
-        loader = getattr(loader, "base_dataloader", loader)  # below what accelerate makes of it
-        indexed, collator = self._with_index(dataset, loader.collate_fn, self.train_dataset)
-        # Past the attribute's guard, which is there because a sampler knows its data set: this one has the same rows.
-        vars(loader)["dataset"] = indexed
-        loader.collate_fn = collator
-
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataLoader:
-        if not is_training or not (has_index(dataset) or self.args.num_train_samples):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        indexed, collator = self.indexed_parts(dataset, description)
-        sampler_of_original = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        with self._replaced(collator):
-            return super()._get_dataloader(
-                indexed, description, batch_size, sampler_of_original, is_training, dataloader_key
-            )
-
-    @contextmanager
-    def _replaced(self, collator: IndexedCollator | StreamCollator) -> Iterator[None]:
-        """Let the Trainer build its loader with `collator` as it is: the columns have been removed before."""
-        own, removes_columns = self.data_collator, self.args.remove_unused_columns
-        self.data_collator, self.args.remove_unused_columns = collator, False
-        try:
-            yield
-        finally:
-            self.data_collator, self.args.remove_unused_columns = own, removes_columns
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         # The Trainer counts what stands under "labels" alone.
         name = self.label_names[0]
@@ -313,7 +218,6 @@ class SmootMixin(PublishingTrainer):
         return super()._get_num_items_in_batch(named, device)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        self._attach_index(kwargs.get("train_dataloader"))
         if epoch == 0 and self.mask_budget is not None and self.is_world_process_zero():
             warn_of_still_budget(self.mask_budget, self.args.settings, self.state.num_train_epochs)
         # The Trainer's state holds a fraction that an epoch cut short leaves behind; this is the number itself.

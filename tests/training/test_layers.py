@@ -1,4 +1,4 @@
-"""The three layers of the trainer, and what they override of `Trainer` without being promised that it exists."""
+"""The four layers of the trainer, and what they override of `Trainer` without being promised that it exists."""
 
 import inspect
 
@@ -9,14 +9,15 @@ from transformers import Trainer
 from smoot_hf import SmootMixin, SmootTrainer
 from smoot_hf.training.checkpoints import CheckpointTrainer
 from smoot_hf.training.checks import PRIVATE_METHODS, check_private_methods
+from smoot_hf.training.indexing import IndexingTrainer
 from smoot_hf.training.publishing import PublishingTrainer
 
-LAYERS = (SmootMixin, PublishingTrainer, CheckpointTrainer)
+LAYERS = (SmootMixin, IndexingTrainer, PublishingTrainer, CheckpointTrainer)
 
 
-def test_a_trainer_has_three_layers_of_ours():
+def test_a_trainer_has_four_layers_of_ours():
     """Catches a layer that is stacked by the order of several bases, where no one sees who calls whom."""
-    assert SmootTrainer.__mro__[:5] == (SmootTrainer, *LAYERS, Trainer)
+    assert SmootTrainer.__mro__[:6] == (SmootTrainer, *LAYERS, Trainer)
 
 
 def test_every_private_method_that_is_overridden_is_in_the_list():
