@@ -195,12 +195,12 @@ def _explained(trainer: SmootTrainer, row: int) -> str:
     overlay = explain_photograph(checkpoint, torch.as_tensor(test["pixel_values"]), ["gradient"])
     name = trainer.train_dataset.label_names[int(test["labels"])]
     heat = (255 * heat_over(overlay.picture, overlay.maps["gradient"])).round().astype(np.uint8)
-    said = ", ".join(f"{label} {100 * share:.0f} %" for label, share in overlay.predictions[:3])
+    said = ", ".join(f"{escaped(label)} ({100 * share:.0f}&nbsp;%)" for label, share in overlay.predictions[:3])
     pictures = "".join(
         picture_html(_limited(picture), description)
         for picture, description in ((overlay.picture, f"test image {row}"), (heat, f"saliency of test image {row}"))
     )
-    return f"<figure>{pictures}<figcaption>Label: {escaped(name)}. Predicted: {escaped(said)}.</figcaption></figure>"
+    return f"<figure>{pictures}<figcaption>Label: {escaped(name)}. Predicted: {said}.</figcaption></figure>"
 
 
 def _limited(pixels: np.ndarray) -> Image.Image:
@@ -224,7 +224,8 @@ def deletion_curves(faithfulness: Sequence[Faithfulness]) -> str:
         "saliency points at what the model uses."
     )
     panels = {found.convention: {"this model": {0: found}} for found in faithfulness}
-    described = paragraphs([found.convention.describe() for found in faithfulness])
+    sides = zip(("Left", "Right"), faithfulness, strict=True)
+    described = paragraphs([f"{side}: {found.convention.describe()}." for side, found in sides])
     return _drawn("Deletion curves", caption, lambda path: draw_curves(panels, path)) + described
 
 
