@@ -25,8 +25,8 @@ td.group { background: #f4f6f8; font-size: 13px; text-align: left; white-space: 
 .settings td { text-align: left; white-space: normal; }
 .settings td:first-child { white-space: nowrap; vertical-align: top; }
 img { max-width: 100%; } figure { margin: 1em 0; } figcaption, .note { color: #555; font-size: 14px; }
-.pictures figure { display: inline-block; margin: 0 10px 10px 0; vertical-align: top; max-width: 240px; }
-.pictures img { height: 110px; margin-right: 4px; } table.pictures img { height: 64px; }
+.pictures figure { display: inline-block; margin: 0 10px 10px 0; vertical-align: top; max-width: 308px; }
+.pictures img { height: 150px; margin-right: 4px; } table.pictures img { height: 64px; }
 table.pictures figure { margin: 0 4px 0 0; text-align: center; } table.pictures td { padding: 4px 6px; }
 .verdict { border-left: 4px solid #0072b2; padding: 0.5em 1em 0.5em 2em; background: #f4f8fb; }
 """

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ..errors import first_line
 from ..evaluation import Faithfulness
-from ..evaluation.ranked_batches import evenly_spread
 from ..training import SmootTrainer
 from .budget_by_class import ClassBudget, by_class, chosen, extremes
 from .checkpoint import Checkpoint
@@ -42,7 +41,7 @@ def write_training_report(
     faithfulness: Sequence[Faithfulness],
     *,
     facts: Mapping[str, Any],
-    most_samples: int,
+    with_saliency: bool,
 ) -> None:
     """Write the report; a section that cannot be made says why.
 
@@ -52,7 +51,7 @@ def write_training_report(
         predicted: int64 (n,), the class predicted for each test image; -1 where there is none.
         faithfulness: of the test images, one for each convention; empty where it was not measured.
         facts: what the first table says of the run.
-        most_samples: test images to choose explained ones from; 0 leaves saliency out.
+        with_saliency: whether saliency and deletion are shown.
     """
     names, labels = trainer.train_dataset.label_names, trainer.eval_dataset.labels
     sections: dict[str, Callable[[], str]] = {
@@ -64,8 +63,8 @@ def write_training_report(
     if budget is not None and trainer.args.method == "smoot":
         sections["K over the epochs"] = lambda: budget_curve(Path(trainer.args.output_dir))
         sections["The least and the most masked training images"] = lambda: extreme_images(trainer)
-    if most_samples:
-        sections["Saliency of test images"] = lambda: saliency(trainer, predicted, most_samples)
+    if with_saliency:
+        sections["Saliency of test images"] = lambda: saliency(trainer, predicted)
         sections["Deletion"] = lambda: deletion_curves(faithfulness)
     made = {heading: _made(heading, make) for heading, make in sections.items()}
     write_page(path, f"{facts['method']} on {facts['data']}", made)
@@ -173,18 +172,21 @@ def _training_image(one: ClassBudget, place: int, images: Any) -> str:
     return f"<figure>{shown}<figcaption>{k}</figcaption></figure>"
 
 
-def saliency(trainer: SmootTrainer, predicted: np.ndarray, most_samples: int) -> str:
+def saliency(trainer: SmootTrainer, predicted: np.ndarray) -> str:
     """Some test images that are classified correctly and some that are not, each beside its overlay."""
-    rows = np.array(evenly_spread(trainer.eval_dataset, most_samples).indices)
-    is_right = predicted[rows] == trainer.eval_dataset.labels[rows]
+    is_right = predicted == trainer.eval_dataset.labels
+    is_wrong = ~is_right & (predicted >= 0)
     text = (
         "Each image as the model gets it, and the same in grey under the saliency of the class predicted: the "
         "magnitude of the gradient of its logit. The most probable classes stand below."
     )
     parts = [paragraphs([text])]
-    for heading, found in (("Classified correctly", rows[is_right]), ("Classified wrongly", rows[~is_right])):
-        some = found[np.arange(min(_EXPLAINED, len(found))) * len(found) // max(1, min(_EXPLAINED, len(found)))]
-        shown = "".join(_explained(trainer, int(row)) for row in some) or paragraphs([f"None of {len(rows)} images."])
+    for heading, is_such in (("Classified correctly", is_right), ("Classified wrongly", is_wrong)):
+        rows = np.flatnonzero(is_such)
+        count = min(_EXPLAINED, len(rows))
+        # Spread evenly over the test images.
+        some = [int(rows[number * len(rows) // count]) for number in range(count)]
+        shown = "".join(_explained(trainer, row) for row in some) or paragraphs([f"None of {len(predicted)} images."])
         parts.append(f'<h3>{heading}</h3><div class="pictures">{shown}</div>')
     return "".join(parts)
 

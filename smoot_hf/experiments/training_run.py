@@ -349,7 +349,9 @@ def write_report(
         # It needs matplotlib, which training does not.
         from .training_report import write_training_report
 
-        write_training_report(path, trainer, predicted, faithfulness, facts=facts, most_samples=recipe.card_samples)
+        write_training_report(
+            path, trainer, predicted, faithfulness, facts=facts, with_saliency=bool(recipe.card_samples)
+        )
     except Exception as error:  # whatever it is, the model and its push come first
         logger.warning(f"{path} is not written: {first_line(error)}")
 

@@ -1,5 +1,6 @@
 """The report at the end of a training: what it shows, that names are text in it, and that it costs no model."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def test_a_run_of_smoot_has_every_section_and_loads_nothing(run):
     assert "could not be made" not in page.text
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "cells of 2" in page.text
+    # Images that are classified wrongly come from all test images, not from the ten whose saliency is measured.
+    right = round(30 * json.loads(Path("run/eval_results.json").read_text())["eval_accuracy"])
+    assert page.text.count("Predicted: ") == min(6, right) + min(6, 30 - right) > 10
     # A picture for each of two curves, of the classes' images of lowest and highest K, and two for each explained one.
     assert len(page.sources) > 2 + 2 * 10
 
