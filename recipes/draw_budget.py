@@ -13,7 +13,6 @@ lowest and half the highest. Of images of equal K the first in the data set is d
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,26 +21,16 @@ from matplotlib.gridspec import SubplotSpec
 
 from smoot_hf import MaskBudget
 from smoot_hf.data.decoded_images import DecodedImages
+from smoot_hf.experiments.budget_by_class import ClassBudget, by_class, chosen, extremes
 from smoot_hf.experiments.checkpoint import load_budget, recorded_images
 from smoot_hf.experiments.figures import DPI, STYLE, WIDTH
 from smoot_hf.experiments.flags import OneLineParser
+from smoot_hf.markup import figure_text
 
 _MOST_BARS = 48
+# Characters of a name beside its row.
+_LONGEST_NAME = 24
 _COLOUR = STYLE["smoot"][0]
-
-
-class ClassBudget(NamedTuple):
-    """K of the images of one class.
-
-    Attributes:
-        label: name of the class.
-        sample_idx: int64 (n,), rows of the training set, by rising K.
-        k: int32 (n,), their K, rising.
-    """
-
-    label: str
-    sample_idx: np.ndarray
-    k: np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -71,32 +60,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return options.output
 
 
-def by_class(budget: MaskBudget, images: DecodedImages) -> list[ClassBudget]:
-    """K of every class that has images, by rising median."""
-    k = budget.k.numpy()
-    found = []
-    for number, label in enumerate(images.label_names):
-        rows = np.flatnonzero(images.labels == number)
-        rows = rows[np.argsort(k[rows], kind="stable")]
-        if len(rows):
-            found.append(ClassBudget(label, rows, k[rows]))
-    return sorted(found, key=lambda one: float(np.median(one.k)))
-
-
-def chosen(found: list[ClassBudget], count: int) -> list[ClassBudget]:
-    """At most `count` classes: half of them those of lowest median, half those of highest."""
-    if len(found) <= count:
-        return found
-    low = (count + 1) // 2
-    return [*found[:low], *found[len(found) - (count - low) :]]
-
-
-def extremes(one: ClassBudget, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places in `one` of the images of lowest and of highest K, both rising in K; of equals the first in the data."""
-    order = np.argsort(-one.k.astype(np.int64), kind="stable")
-    return np.arange(min(count, len(one.k))), order[:count][::-1]
-
-
 def table(found: Sequence[ClassBudget]) -> str:
     """K by class in plain text."""
     lines = [f"{'class':<20}{'images':>8}{'K min':>8}{'median':>8}{'max':>8}"]
@@ -122,7 +85,9 @@ def draw(found: Sequence[ClassBudget], images: DecodedImages, budget: MaskBudget
                     _show(axes, images, one, int(places[column]))
                 else:
                     axes.set_axis_off()
-        figure.axes[row * (2 * count + 1)].set_ylabel(one.label, rotation=0, ha="right", va="center", fontsize=11)
+        figure.axes[row * (2 * count + 1)].set_ylabel(
+            figure_text(one.label, 24), rotation=0, ha="right", va="center", fontsize=11
+        )
         _distribution(figure, grid[row, count + 1], one, edges, is_last=row == len(found) - 1)
     _heads(figure, count, f"K: masked {budget.unit} of {budget.positions}")
     figure.savefig(path, dpi=DPI, bbox_inches="tight")

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from smoot_hf.evaluation.results import Measurement, Results, Row
-from smoot_hf.experiments import report
+from smoot_hf.experiments import html_page, report
 from smoot_hf.markup import figure_text, markdown_code, markdown_link, markdown_text, one_line
 from smoot_hf.publishing.card import card_text
 from smoot_hf.publishing.metadata import metadata
@@ -191,7 +191,7 @@ def test_a_name_is_text_in_the_report(tmp_path, name):
     def page(name):
         report.write_report(
             tmp_path / "report.html", title=name, introduction=[name], verdict=[name],
-            evidence=report.paragraphs([name]), tables={"Table": report.html_table([name], {name: [[name]]})},
+            evidence=html_page.paragraphs([name]), tables={"Table": html_page.html_table([name], {name: [[name]]})},
             figures=[(name, name, picture)], results=Results("train", {name: {name: [name]}}, {"python": name}, []),
         )  # fmt: skip
         return Text((tmp_path / "report.html").read_text("utf-8"))

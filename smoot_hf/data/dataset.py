@@ -313,7 +313,8 @@ def load_image_dataset(
         train_split: which split becomes "train".
         eval_split: which split becomes "test". By default the first of "test", "validation", "valid" and "val" that
             has labels; without any, a fifth of the training images is held out: always the same ones, each class in
-            proportion. A split without labels (no class folders, -1 or null throughout) is passed over with a warning.
+            proportion. A split without labels (no class folders, -1 or null throughout) is passed over with a warning,
+            and so are labelled ones that no argument names, such as "validation" beside "test".
 
     Raises:
         ValueError: a column or a split is missing, ambiguous or of the wrong type; samples have no label; files or
@@ -333,7 +334,9 @@ def load_image_dataset(
     label_column = find_column(features, ClassLabel, label_column, "label_column")
     new = {image_column: IMAGE, label_column: LABELS}
     splits = {name: split.select_columns(list(new)).rename_columns(new) for name, split in stored.splits.items()}
-    eval_split = eval_split or _find_held_out(splits, stored.unlabelled, name_or_path)
+    if eval_split is None:
+        eval_split = _find_held_out(splits, stored.unlabelled, name_or_path)
+        _warn_of_unused(splits, {train_split, eval_split}, name_or_path)
     roles = {"train": train_split} | ({"test": eval_split} if eval_split else {})
     for name, argument in zip(roles.values(), ("train_split", "eval_split"), strict=False):
         check_labels(splits[name], name, argument)
@@ -353,6 +356,18 @@ def _find_held_out(splits: dict[str, Dataset], unlabelled: list[str], name_or_pa
     if passed_over:
         logger.warning("data set %r has splits without labels, which are passed over: %s", name_or_path, passed_over)
     return found
+
+
+def _warn_of_unused(splits: dict[str, Dataset], used: set[str | None], name_or_path: str) -> None:
+    """Name the labelled splits that are neither trained nor evaluated on."""
+    unused = [name for name, split in splits.items() if name not in used and has_labels(split)]
+    if unused:
+        logger.warning(
+            "data set %r: the images of %s are not used, neither in training nor in evaluation; eval_split "
+            "(--eval_split) names the split to evaluate on",
+            name_or_path,
+            " and ".join(map(repr, unused)),
+        )
 
 
 def _hold_out_a_fifth(train: Dataset, name_or_path: str) -> DatasetDict:

@@ -49,6 +49,10 @@ class UndecodableError(ValueError):
     """An image that is missing or cannot be decoded."""
 
 
+class UnequalSizeError(ValueError):
+    """An image of another size, or number of channels, than the first."""
+
+
 def pixels_of(image: Image.Image, decoding: Decoding) -> np.ndarray:
     """uint8 (C, H, W) of one image; see `decode_images`.
 
@@ -115,7 +119,7 @@ def decode_batch(
 
     Raises:
         UndecodableError: an image that cannot be decoded.
-        ValueError: one of another (channels, height, width) than `shape`.
+        UnequalSizeError: one of another (channels, height, width) than `shape`.
     """
     arrays = []
     for value, row in zip(batch[IMAGE], rows, strict=True):
@@ -126,7 +130,7 @@ def decode_batch(
                 if array.shape[1:] == shape[1:]
                 else "set image_size (--image_size), the side of a square that all are resized and cropped to"
             )
-            raise ValueError(
+            raise UnequalSizeError(
                 f"all images must have one size: the first is {shape} (channels, height, width), "
                 f"{_place(value, split, row)} is {array.shape}; {advice}"
             )
@@ -222,6 +226,8 @@ def decode_images(
         )
     except UndecodableError as error:
         raise ValueError(_describe_undecodable(undecoded, decoding, feature)) from error
+    except UnequalSizeError as error:
+        raise ValueError(_with_short_paths(str(error), _common_folder(undecoded))) from error
 
 
 def _decode_split(
@@ -265,12 +271,16 @@ def _describe_undecodable(splits: dict[str, Dataset], decoding: Decoding, featur
             try:
                 decode_image(value, decoding, feature, name, row)
             except UndecodableError as error:
-                # Files are named by their paths below the data set's folder.
-                found.append(str(error).replace(f"({folder}{os.sep}", "("))
+                found.append(_with_short_paths(str(error), folder))
     if len(found) == 1:
         return f"{found[0]}: mend or remove it"
     more = f"; and {len(found) - _NAMED_AT_MOST} more" if len(found) > _NAMED_AT_MOST else ""
     return f"{len(found)} images cannot be used, mend or remove them: {'; '.join(found[:_NAMED_AT_MOST])}{more}"
+
+
+def _with_short_paths(message: str, folder: str | None) -> str:
+    """A message in which files are named by their paths below the data set's folder."""
+    return message.replace(f"({folder}{os.sep}", "(")
 
 
 def _common_folder(splits: dict[str, Dataset]) -> str | None:

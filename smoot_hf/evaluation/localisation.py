@@ -386,8 +386,8 @@ def on_shared_images(*measured: Localisation) -> list[Localisation]:
         *measured: at least one, all of the same data set, measured in the same way.
 
     Raises:
-        ValueError: nothing given; different attributions, selections of images, data sets or image sizes; or no image
-            in common.
+        ValueError: nothing given; different attributions, selections of images, data sets or image sizes.
+        NothingToMeasureError: a ValueError: no image in common.
     """
     if not measured:
         raise ValueError("on_shared_images needs at least one measurement, got none")
@@ -405,7 +405,7 @@ def on_shared_images(*measured: Localisation) -> list[Localisation]:
         raise ValueError(f"all must be measured on images of one size, got (H, W) of {sorted(sizes)}")
     shared = reduce(np.intersect1d, [one.sample_idx.numpy() for one in measured])
     if len(shared) == 0:
-        raise ValueError("the measurements have no image in common: there is none that all models get right")
+        raise NothingToMeasureError("the measurements have no image in common: there is none that all models get right")
     return [_selected(one, np.isin(one.sample_idx.numpy(), shared)) for one in measured]
 
 

@@ -105,7 +105,8 @@ def draw_curves(panels: Mapping[Convention, Measured], path: Path) -> None:
         axes.tick_params(labelleft=True)
         n = min(len(found) for found in measured.values())
         spread = "[95 % interval over the images]" if n == 1 else "± std over the seeds"
-        title = f"area under the curve {spread}, n={n}\n(dashed: random order, the control)"
+        models = "one model" if n == 1 else f"n={n}"
+        title = f"area under the curve {spread}, {models}\n(dashed: random order, the control)"
         # An interval takes the width of two columns.
         axes.legend(title=title, **{**_BELOW, "ncols": 1 if n == 1 else 2})
     for axes in list(grid.flat)[len(panels) :]:

@@ -4,16 +4,18 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..data.decoded_images import DecodedImages
+from ..errors import first_line
 from ..evaluation import (
     Convention,
     Faithfulness,
     Localisation,
+    NothingToMeasureError,
     RefereeMatrix,
     Results,
     compare_faithfulness,
@@ -57,6 +59,7 @@ REFEREE = resolve_convention(DEFAULT, fill=FILLS[0])
 REMOVAL: dict[str, Compared] = {"gap": "gap", "deletion_auc": "deletion"}
 _GRID_IMAGES = 8
 
+Measurable = TypeVar("Measurable", Faithfulness, Localisation, list[Localisation], RefereeMatrix)
 # method -> seed -> run
 Runs = Mapping[str, Mapping[int, Run]]
 
@@ -217,7 +220,11 @@ def compare(runs: Sequence[Run], test: DecodedImages, plan: Plan, recipe_name: s
 
 
 def measure(by_method: Runs, test: DecodedImages, device: torch.device, batch_size: int) -> Found:
-    """Every run by both presets with every fill, by its localisation, and by the other methods of its seed."""
+    """Every run by both presets with every fill, by its localisation, and by the other methods of its seed.
+
+    What cannot be measured of a model, such as the localisation of one that gets no image right, is told in one line
+    and left out.
+    """
     conventions = [resolve_convention(preset, fill=fill) for preset in (PAPER, DEFAULT) for fill in FILLS]
     found = Found({convention: {method: {} for method in by_method} for convention in conventions}, {}, {})
     count, number = sum(map(len, by_method.values())), 0
@@ -230,18 +237,39 @@ def measure(by_method: Runs, test: DecodedImages, device: torch.device, batch_si
             print(f"[{number}/{count}] {method}, seed {seed}: evaluating", flush=True)
             options: dict[str, Any] = {"input_pipeline": pipeline, "batch_size": batch_size}
             for convention in conventions:
-                found.panels[convention][method][seed] = evaluate_faithfulness(
-                    model, test, convention=convention, **options
-                )
+                removal = partial(evaluate_faithfulness, model, test, convention=convention, **options)
+                measured = unless_nothing(removal, f"{method}, seed {seed}: faithfulness")
+                if measured is not None:
+                    found.panels[convention][method][seed] = measured
             if test.evidence is not None:
-                localised[method] = evaluate_localisation(model, test, **options)
-        for method, one in zip(localised, on_shared_images(*localised.values()) if localised else (), strict=True):
-            found.localisation.setdefault(method, {})[seed] = one
+                localisation = partial(evaluate_localisation, model, test, **options)
+                localised[method] = unless_nothing(localisation, f"{method}, seed {seed}: localisation")
+        known = {method: one for method, one in localised.items() if one is not None}
+        if known:
+            shared = unless_nothing(partial(on_shared_images, *known.values()), f"seed {seed}: localisation")
+            for method, one in zip(known, shared or (), strict=False):
+                found.localisation.setdefault(method, {})[seed] = one
         if len(loaded) == len(by_method) > 1:
             models = {method: checkpoint.model for method, checkpoint in loaded.items()}
             # Runs of one comparison have the same training images and settings, and so the same pipeline.
-            found.referees[seed] = referee_matrix(models, test, convention=REFEREE, **options)
-    return found
+            judged = partial(referee_matrix, models, test, convention=REFEREE, **options)
+            matrix = unless_nothing(judged, f"seed {seed}: each method's maps by the others' models")
+            if matrix is not None:
+                found.referees[seed] = matrix
+    panels = {
+        convention: {method: by_seed for method, by_seed in measured.items() if by_seed}
+        for convention, measured in found.panels.items()
+    }
+    return found._replace(panels={convention: measured for convention, measured in panels.items() if measured})
+
+
+def unless_nothing(measure: Callable[[], Measurable], what: str) -> Measurable | None:
+    """A measurement; where there is nothing to measure `None`, and a line that says of `what`, and why."""
+    try:
+        return measure()
+    except NothingToMeasureError as error:
+        print(f"{what} is left out: {first_line(error)}", flush=True)
+        return None
 
 
 def judge_all(found: Found) -> list[Verdict]:

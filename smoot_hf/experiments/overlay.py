@@ -16,7 +16,7 @@ from ..functional.perturbation import has_prediction
 from ..markup import figure_text
 from ..models.class_names import class_names
 from ..models.logits import LogitsModel
-from ..models.state import model_device, untouched
+from ..models.state import model_device, model_dtype, untouched
 from .checkpoint import Checkpoint
 from .explanation import read_photograph
 from .run import write_whole
@@ -104,7 +104,8 @@ def explain_photograph(checkpoint: Checkpoint, pixels: Tensor, attributions: Seq
     model, pipeline = checkpoint
     scorer, device = LogitsModel(model), model_device(model)
     with untouched(model):
-        images = pipeline.prepare_evaluation(pixels[None].to(device))
+        prepared = pipeline.prepare_evaluation(pixels[None].to(device))
+        images = prepared.to(model_dtype(model) or prepared.dtype)
         with torch.no_grad():
             logits = scorer(images)
         if not bool(has_prediction(logits).all()):
@@ -112,11 +113,11 @@ def explain_photograph(checkpoint: Checkpoint, pixels: Tensor, attributions: Seq
         probabilities, classes = logits[0].double().softmax(dim=0).topk(min(_PREDICTIONS, logits.shape[1]))
         row = torch.zeros(1, dtype=torch.int64, device=device)
         maps: dict[str, Tensor] = {
-            name: attribute(scorer, images, classes[:1], row, method=name, batch_size=_BATCH_SIZE)[0].cpu()
+            name: attribute(scorer, images, classes[:1], row, method=name, batch_size=_BATCH_SIZE)[0].float().cpu()
             for name in attributions
         }
     mean, std = (torch.tensor(values)[:, None, None] for values in (pipeline.mean, pipeline.std))
-    shown = ((images[0].cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    shown = ((prepared[0].cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     labels = class_names(model.config)
     predictions = [
         (labels[index], value) for index, value in zip(classes.tolist(), probabilities.tolist(), strict=True)

@@ -1,8 +1,6 @@
 """The demo's page: images on the left; what each model says of one, looks at, and is left with on the right."""
 
-import base64
 import html
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..data.decoded_images import DecodedImages
 from ..evaluation.attributions import Method
@@ -19,6 +16,7 @@ from ..markup import one_line
 from .checkpoint import Checkpoint
 from .explanation import STEPS, Explanation, draw_fall, enlarged, explain, read_pixels, saliency_picture
 from .figures import style
+from .html_page import picture_html
 
 _PER_CLASS, _MOST_EXAMPLES = 2, 20
 # The share of the pixels that counts as most salient, as in docs/verdict.md.
@@ -71,14 +69,6 @@ class ExampleFiles:
         self.paths = [str(Path(self._folder.name) / f"{number:02}.png") for number in range(len(examples))]
         for path, example in zip(self.paths, examples, strict=True):
             enlarged(example.pixels.permute(1, 2, 0).numpy()).save(path)
-
-
-def picture_html(picture: Image.Image, description: str) -> str:
-    """A picture with its content in the page: gradio would keep a file of every picture that it has ever shown."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    content = base64.b64encode(file.getvalue()).decode()
-    return f'<img class="picture" alt="{html.escape(description)}" src="data:image/png;base64,{content}">'
 
 
 def make_page(

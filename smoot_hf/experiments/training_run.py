@@ -1,7 +1,8 @@
-"""A training run: data, model, trainer, and at its end the card and the push."""
+"""A training run: data, model, trainer, and at its end the card, the report and the push."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..data.image_sizes import must_be_resized
 from ..data.planted_evidence import plant_images
 from ..errors import PushError, first_line
 from ..evaluation import Faithfulness, Localisation, evaluate_faithfulness, evaluate_localisation
+from ..evaluation.faithfulness import ALL_CURVES, FurtherCurve
 from ..evaluation.ranked_batches import evenly_spread
 from ..fingerprint import hub_revision
 from ..functional.removal import Fill
@@ -230,11 +232,15 @@ def make_trainer(task: Task, args: SmootTrainingArguments, recipe: RecipeArgumen
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of images whose highest logit is that of the label; logits that hold a NaN count as wrong."""
+    return {"accuracy": float(np.mean(predicted_classes(prediction) == prediction.label_ids))}
+
+
+def predicted_classes(prediction: EvalPrediction) -> np.ndarray:
+    """The class of the highest logit, int64 (n,); -1 where the logits hold a NaN."""
     outputs = prediction.predictions
     # Some models have further outputs; the logits of the class come first.
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    is_correct = logits.argmax(axis=-1) == prediction.label_ids
-    return {"accuracy": float(np.mean(is_correct & ~np.isnan(logits).any(axis=-1)))}
+    return np.where(np.isnan(logits).any(axis=-1), -1, logits.argmax(axis=-1))
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
@@ -247,14 +253,30 @@ def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArg
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    metrics = trainer.evaluate()
+    metrics, predicted = evaluate(trainer)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
         RunRecord.of(trainer, args, recipe, result.metrics["train_runtime"]).save(args.output_dir)
         print(summary(trainer, args, recipe, metrics), flush=True)
-    publish(trainer, args, recipe)
+    publish(trainer, args, recipe, predicted)
     return metrics
+
+
+def evaluate(trainer: SmootTrainer) -> tuple[dict[str, float], np.ndarray]:
+    """The metrics of the test images, and the class predicted for each of them, from one pass over them."""
+    kept: list[np.ndarray] = []
+
+    def accuracy_and_classes(prediction: EvalPrediction) -> dict[str, float]:
+        kept.append(predicted_classes(prediction))
+        return accuracy(prediction)
+
+    compute_metrics, trainer.compute_metrics = trainer.compute_metrics, accuracy_and_classes
+    try:
+        metrics = trainer.evaluate()
+    finally:
+        trainer.compute_metrics = compute_metrics
+    return metrics, kept[-1] if kept else np.empty(0, dtype=np.int64)
 
 
 def summary(
@@ -270,10 +292,13 @@ def summary(
     return "\n".join(["", *(f"  {name:<18}{value}" for name, value in lines.items())])
 
 
-def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> None:
-    """Write card, figures and results.json into the run's folder, and push it where `push_to_hub` says so.
+def publish(
+    trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments, predicted: np.ndarray
+) -> None:
+    """Write card, figures, results.json and report.html into the run's folder; push where `push_to_hub` says so.
 
-    Where faithfulness cannot be measured, a warning says why, and the card goes without.
+    Where faithfulness cannot be measured, a warning says why, and card and report go without. The report shows training
+    images, and is not pushed.
 
     Raises:
         PushError: what the Hub lacks, now or since a push during training; the model is saved by then.
@@ -281,11 +306,15 @@ def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
     # Of a local folder its name alone: the rest is nobody's business.
     card: dict[str, Any] = {"dataset": recipe.data_name}
     if trainer.is_world_process_zero():
+        by_cell: list[Faithfulness] = []
         try:
-            card["faithfulness"] = measure(trainer, args, recipe)
+            card["faithfulness"] = by_cell = measure(trainer, args, recipe)
             card["localisation"] = localise(trainer, args, recipe)
+            if args.mask_cell > 1:
+                by_cell = measure(trainer, args, recipe, cell=args.mask_cell, curves=("random",))
         except (ValueError, RuntimeError) as error:
             logger.warning(f"the card lacks what could not be measured of the saliency: {first_line(error)}")
+        write_report(trainer, args, recipe, predicted, by_cell)
         on_hub = hub_revision(trainer.train_dataset)
         card["dataset_tags"] = on_hub and on_hub[0]
     if not args.push_to_hub:
@@ -296,7 +325,45 @@ def publish(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
         raise PushError("; ".join(trainer.failed_pushes.values()))
 
 
-def measure(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> list[Faithfulness]:
+def write_report(
+    trainer: SmootTrainer,
+    args: SmootTrainingArguments,
+    recipe: RecipeArguments,
+    predicted: np.ndarray,
+    faithfulness: list[Faithfulness],
+) -> None:
+    """Write report.html, see `training_report`; where that fails, a warning says why: the model is saved."""
+    path = Path(args.output_dir) / "report.html"
+    facts = {
+        "method": args.method,
+        "data": recipe.data_name,
+        "model": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
+        "test accuracy": f"{np.mean(predicted == trainer.eval_dataset.labels):.2%} of {len(predicted)} images",
+        "training images": len(trainer.train_dataset),
+        "epochs": f"{trainer.state.epoch or 0:g}",
+        "seed": args.seed,
+    }
+    try:
+        # That of a run before this one.
+        path.unlink(missing_ok=True)
+        # It needs matplotlib, which training does not.
+        from .training_report import write_training_report
+
+        write_training_report(
+            path, trainer, predicted, faithfulness, facts=facts, with_saliency=bool(recipe.card_samples)
+        )
+    except Exception as error:  # whatever it is, the model and its push come first
+        logger.warning(f"{path} is not written: {first_line(error)}")
+
+
+def measure(
+    trainer: SmootTrainer,
+    args: SmootTrainingArguments,
+    recipe: RecipeArguments,
+    *,
+    cell: int = 1,
+    curves: Sequence[FurtherCurve] = ALL_CURVES,
+) -> list[Faithfulness]:
     """Faithfulness on up to `card_samples` test images, spread evenly, by the library's convention with two fills."""
     if not recipe.card_samples:
         return []
@@ -305,6 +372,8 @@ def measure(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeA
             trainer.model,
             evenly_spread(trainer.eval_dataset, recipe.card_samples),
             fill=fill,
+            cell=cell,
+            curves=curves,
             input_pipeline=trainer.input_pipeline,
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,

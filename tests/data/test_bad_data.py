@@ -56,11 +56,11 @@ IN_RECIPES = {
     "corrupt file": imagefolder(r"row 1 .*cat/10.png\) cannot be decoded", two_classes(("cat", b"no image"))),
     "file of no bytes": imagefolder(r"cat/10.png\) cannot be decoded", two_classes(("cat", b""))),
     "ragged sizes": imagefolder(
-        r"one size: .*\(3, 8, 8\).* row 1 .*/cat/10.png\) is \(3, 9, 8\); set image_size",
+        r"one size: .*\(3, 8, 8\).* row 1 of split 'train' \(train/cat/10.png\) is \(3, 9, 8\); set image_size",
         two_classes(("cat", png(1, (9, 8)))),
     ),
     "grey among colour": imagefolder(
-        r"one size: .*/cat/10.png\) is \(1, 8, 8\); set convert_rgb",
+        r"one size: .* \(train/cat/10.png\) is \(1, 8, 8\); set convert_rgb",
         two_classes(("cat", png(1, mode="L"))),
     ),
     "no rows": parquet("cannot load .*corresponds to no data", images=[], labels=[]),

@@ -59,13 +59,18 @@ def test_split_folders_are_found_by_the_names_that_people_give_them(kind, tmp_pa
 
 
 @pytest.mark.parametrize("inside", ["", "photos", "photos/of/animals"])
-def test_three_splits_in_a_folder_of_folders(inside, tmp_path):
-    """Fault: the names of the archive's own folders become classes, or validation images are counted as test images."""
+def test_three_splits_in_a_folder_of_folders(inside, tmp_path, caplog):
+    """Fault: the names of the archive's own folders become classes, validation images that are counted as test images,
+    or left out without a word.
+    """
     folder = write(tmp_path / "set" / inside, *both("train", "val", "test"))
     splits = load_image_dataset(str(tmp_path / "set"))
     assert folders_of(splits["test"], folder) == set(both("test"))
+    assert "the images of 'validation' are not used, neither in training nor in evaluation" in caplog.text
+    caplog.clear()
     asked = load_image_dataset(str(tmp_path / "set"), eval_split="validation")
     assert folders_of(asked["test"], folder) == set(both("val"))
+    assert not caplog.records
 
 
 def test_names_of_files_and_of_classes_do_not_make_splits(tmp_path, caplog):

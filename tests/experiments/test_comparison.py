@@ -231,6 +231,29 @@ def test_localisation_is_compared_where_the_evidence_is_known(planted):
     assert "digits-block" in page
 
 
+def test_a_model_that_gets_nothing_right_costs_the_others_nothing(planted, monkeypatch, tmp_path, capsys):
+    """Fault: a traceback in place of the report, after hours of training; what was measured of the others is lost."""
+    shutil.copytree(planted / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", planted.parents[1] / "cache")
+    broken = Path("runs/smoot-seed0/model.safetensors")
+    # The outputs are NaN: every image is classified wrongly, and no saliency ranks anything.
+    weights = {name: torch.full_like(values, torch.nan) for name, values in load_file(broken).items()}
+    save_file(weights, broken, metadata={"format": "pt"})
+    capsys.readouterr()
+    compare.main(["--recipe", "digits-block", "--runs", *map(str, Path("runs").iterdir()), "--output", "out", *QUICK])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " is left out: " in line]
+    what = ["smoot, seed 0: faithfulness"] * 4
+    what += ["smoot, seed 0: localisation", "seed 0: each method's maps by the others' models"]
+    assert [line.partition(" is left out: ")[0] for line in lines] == what
+    rows = {row.name: row for row in load_results(Path("out/results.json")).rows}
+    for metric in ("outside_0.1_difference", "gap_difference"):
+        (found,) = {frozenset(row.metrics[metric].values) for row in rows.values() if metric in row.metrics}
+        assert found == {1}
+    assert rows["map of smoot, sgt asked"].metrics["referee_gap"].values.keys() == {1}
+    assert "Saliency on the evidence" in Links(Path("out/report.html").read_text()).text
+
+
 def test_a_planted_checkpoint_is_evaluated_with_its_localisation(planted, monkeypatch, tmp_path):
     """Fault: rows that carry evidence and are not judged by it, or numbers that are not those of the library."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from smoot_hf import MaskBudget
+from smoot_hf.experiments import budget_by_class, train
 from smoot_hf.experiments import checkpoint as checkpoint_module
-from smoot_hf.experiments import train
 from smoot_hf.experiments.recipes import RECIPES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -59,25 +59,25 @@ class Images:
         self.labels = np.array(labels)
 
 
-def test_classes_are_sorted_by_median_and_their_images_by_k(recipe):
+def test_classes_are_sorted_by_median_and_their_images_by_k():
     """Fault: an image in another class's row, a class without images, the wrong end of the order."""
-    found = recipe.by_class(a_budget([60, 20, 60, 30, 25, 60]), Images([0, 1, 0, 1, 0, 1]))
+    found = budget_by_class.by_class(a_budget([60, 20, 60, 30, 25, 60]), Images([0, 1, 0, 1, 0, 1]))
     assert [one.label for one in found] == ["dog", "cat"]
     assert found[0].sample_idx.tolist() == [1, 3, 5]
     assert found[1].k.tolist() == [25, 60, 60]
-    low, high = recipe.extremes(found[1], 2)
+    low, high = budget_by_class.extremes(found[1], 2)
     assert found[1].sample_idx[low].tolist() == [4, 0]
     # Of equal K the first in the data comes first among the highest, and stands at the end.
     assert found[1].sample_idx[high].tolist() == [2, 0]
-    assert [len(places) for places in recipe.extremes(found[0], 9)] == [3, 3]
+    assert [len(places) for places in budget_by_class.extremes(found[0], 9)] == [3, 3]
 
 
-def test_of_too_many_classes_the_two_ends_are_drawn(recipe):
+def test_of_too_many_classes_the_two_ends_are_drawn():
     """Fault: classes drawn twice, or the ends left out."""
-    assert recipe.chosen(list("abcdefg"), 4) == list("abfg")
-    assert recipe.chosen(list("abcdefg"), 3) == list("abg")
-    assert recipe.chosen(list("abc"), 1) == ["a"]
-    assert recipe.chosen(list("abc"), 3) == list("abc")
+    assert budget_by_class.chosen(list("abcdefg"), 4) == list("abfg")
+    assert budget_by_class.chosen(list("abcdefg"), 3) == list("abg")
+    assert budget_by_class.chosen(list("abc"), 1) == ["a"]
+    assert budget_by_class.chosen(list("abc"), 3) == list("abc")
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(12, 51), (30, 30), (204, 819), (0, 48)])

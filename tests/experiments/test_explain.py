@@ -133,6 +133,21 @@ def test_a_missing_checkpoint_is_one_line(photographs, capsys):
     assert "cannot load the checkpoint 'nowhere'" in line
 
 
+@pytest.mark.parametrize("name", ["gradient", "integrated_gradients", "grad_cam"])
+def test_a_model_in_half_precision_is_explained(saved, photographs, name):
+    """Catches float images for bfloat16 weights, and colours of a picture rounded to eight bits of mantissa."""
+    checkpoint = read_checkpoint(saved, "cpu")
+    pixels = read_photograph("plain.png", 3)
+    expected = overlay.explain_photograph(checkpoint, pixels, [name])
+    checkpoint.model.to(torch.bfloat16)
+    found = overlay.explain_photograph(checkpoint, pixels, [name])
+    assert np.array_equal(found.picture, expected.picture)
+    # Bfloat16 rounds to 2^-9 of a number at each of some dozens of steps.
+    assert found.predictions[0][1] == pytest.approx(expected.predictions[0][1], abs=0.05)
+    assert found.maps[name].dtype == torch.float32
+    assert overlay.heat_over(found.picture, found.maps[name]).shape == (8, 8, 3)
+
+
 def test_the_maps_are_those_of_the_attribution(saved, photographs):
     """Catches a map of another class or of another size than that of the picture it lies on."""
     checkpoint = read_checkpoint(saved, "cpu")
