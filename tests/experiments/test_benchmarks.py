@@ -4,10 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from captum.attr import Saliency
 from conftest import TinyImages, build
+from PIL import Image
 from torch.nn import functional as F
 
 from smoot_hf import functional as SF
@@ -102,3 +104,29 @@ def test_ranking_by_cells_runs_beside_pixels(benchmarks, monkeypatch, tmp_path, 
     way = ranking.ways_with_cells(saliency, 4)["mask"]["cells of 4"]
     # A third and two thirds of the six cells.
     assert [len(found) for found in (SF.cell_sum(way(saliency, k)[row], 4).nonzero() for row in (0, 1))] == [2, 4]
+
+
+def test_the_planted_photographs_say_where_their_evidence_is(benchmarks, monkeypatch, tmp_path):
+    """Fault: a mask of another image, or beside the object: every model would be misjudged."""
+    import photographs
+
+    discs = {place for place, *_ in photographs.DISCS.values()}
+    monkeypatch.setattr(photographs, "COUNTS", {"crops": {}, "planted": {"train": 1, "test": 4}})
+    monkeypatch.setattr(photographs, "CROPS", {"train": {}, "test": {}})
+    monkeypatch.setattr(
+        photographs, "photograph", lambda place: Image.new("RGB", (500, 400), "white" if place in discs else "black")
+    )
+    photographs.make(tmp_path)
+    images = photographs.test_images(tmp_path)
+    batch = images.__getitems__(range(len(images)))
+    assert batch["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert images.label_names == ["cat", "coffee", "flower"]
+    is_object = batch["pixel_values"].float().mean(dim=1) > 127
+    evidence = batch["evidence"]
+    # The edge of a disc is blended with what is behind it: it is evidence, and may be dark.
+    assert not (is_object & ~evidence).any()
+    assert ((evidence & ~is_object).flatten(1).sum(1) < 0.1 * evidence.flatten(1).sum(1)).all()
+    # No two of them at one place.
+    assert len({tuple(mask.flatten().nonzero()[0].tolist()) for mask in evidence}) == 12
+    margins = np.pad(np.zeros((192, 192), dtype=bool), photographs.MARGIN, constant_values=True)
+    assert not evidence[:, torch.from_numpy(margins)].any()
