@@ -19,7 +19,7 @@ Time: standard training of 300 photographs for two epochs takes 150 seconds of a
 --card_samples 16).
 Expected: after these 38 steps 100 % of 100 test images by standard training (n = 1), see docs/photographs.md. Twelve
 steps are too few where test images differ from training images: 59 % of 32 test crops by smoot and 62 % by standard
-training, n = 1 each, trained on 96 crops of the other side of two photographs; of these 32 were looked at, and all are right.
+training, n = 1 each, trained on 96 crops of the other side of two photographs (the 32 that were looked at are right).
 Normalised by the statistics of their own batch the test crops are all classified correctly as well: it is BatchNorm's
 running statistics that do not fit them.
 

@@ -156,6 +156,15 @@ ADVERSARIAL = (
 )
 KNOWN_GOOD = ("standard", "fgsm 0.1", "fgsm 0.2", "fgsm 0.5", "gradient penalty 1", "sgt adversarial, most salient")
 EPOCHS = ("standard", "sgt", "sgt signed", "sgt random mask", "sgt adversarial, most salient", "fgsm 0.2")
+# A share of the samples or of the steps, and what it costs by docs/costs.md beside standard training.
+SHARES = {
+    f"{name}{suffix}": cost
+    for name in ("sgt", "sgt adversarial, most salient")
+    for suffix, cost in {
+        "": 7 / 3, ", share 0.5": 5 / 3, ", share 0.25": 4 / 3, ", share 0.1": 3.4 / 3,
+        ", every 2": 5 / 3, ", every 4": 4 / 3,
+    }.items()
+}  # fmt: skip
 COLOURS = ("#555555", *(style[0] for style in STYLE.values()), "#8c564b", "#e377c2", "#17becf")
 
 Runs = Mapping[str, Mapping[int, Result]]
@@ -175,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw_forks(runs["forks-digits"], FIGURES / "verdict_forks.png")
     draw_epochs(runs["forks-digits"], FIGURES / "verdict_epochs.png")
     draw_sets(runs, FIGURES / "verdict_sets.png")
+    draw_shares(load("share-digits"), FIGURES / "verdict_shares.png")
     draw_agreement(runs["forks-digits"], FIGURES / "verdict_agreement.png")
     if options.maps is not None:
         draw_maps(options.maps, options.source, FIGURES / "verdict_maps.png")
@@ -195,6 +205,7 @@ def tables(runs: Mapping[str, Runs]) -> dict[str, str]:
     made["adversarial"] = settings_table(digits, ADVERSARIAL)
     made["known-good"] = settings_table(digits, KNOWN_GOOD)
     made["questions"] = forks_table(digits)
+    made["share-digits"] = settings_table(load("share-digits"), ("standard", *SHARES))
     made["saturation"] = saturation_table(load("saturation")["standard"])
     return made
 
@@ -347,6 +358,29 @@ def draw_epochs(runs: Runs, path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
     axes.legend(fontsize=7)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_shares(runs: Runs, path: Path) -> None:
+    """Null share and accuracy against cost: mean over the seeds, and its standard error."""
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    for axes, measure, label in zip(
+        figure.subplots(1, 2), (NULL, "accuracy"), ("null share of the top 10 % (%)", "accuracy (%)"), strict=True
+    ):
+        for name, colour in (("sgt", COLOURS[0]), ("sgt adversarial, most salient", COLOURS[3])):
+            for word, line in (("share", "o-"), ("every", "s--")):
+                points = {"standard": 1.0} | {
+                    one: cost for one, cost in SHARES.items() if one == name or one.startswith(f"{name}, {word}")
+                }
+                ordered = sorted((cost, list(values_of(runs[one], measure).values())) for one, cost in points.items())
+                costs, values = zip(*ordered, strict=True)
+                means = [np.mean(found) for found in values]
+                errors = [np.std(found, ddof=1) / len(found) ** 0.5 for found in values]
+                named = f"{name}, {'share of the samples' if word == 'share' else 'share of the steps'}"
+                axes.errorbar(costs, means, errors, fmt=line, color=colour, markersize=4, linewidth=1, label=named)
+        axes.set_xlabel("arithmetic / standard training's")
+        axes.set_ylabel(label)
+    axes.legend(fontsize=6)
     figure.savefig(path, dpi=DPI)
 
 

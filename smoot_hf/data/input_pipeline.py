@@ -139,7 +139,7 @@ class InputPipeline:
             images: float (B, C, H, W), after the mask.
 
         Returns:
-            float (B, C, h, w).
+            (B, C, h, w) in the dtype of `images`.
 
         Raises:
             ValueError: the images are smaller than the centre crop.
@@ -151,7 +151,10 @@ class InputPipeline:
             antialias = self.interpolation != "nearest"
             align_corners = False if antialias else None
             mode = _TORCH_MODE[self.interpolation]
-            images = F.interpolate(images, target, mode=mode, align_corners=align_corners, antialias=antialias)
+            # Torch has no antialiasing of bfloat16 or float16 on a CPU.
+            precise = images.to(torch.promote_types(images.dtype, torch.float32))
+            resized = F.interpolate(precise, target, mode=mode, align_corners=align_corners, antialias=antialias)
+            images = resized.to(images.dtype)
         return self._center_crop(images)
 
     def prepare_evaluation(self, pixel_values: Tensor) -> Tensor:

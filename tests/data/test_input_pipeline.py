@@ -123,6 +123,17 @@ def test_resize_is_differentiable():
     assert not seen[:, -3:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_images_of_short_floats_are_resized(interpolation, dtype):
+    """Catches a model in bfloat16 that cannot be explained: torch has no antialiasing of it on a CPU."""
+    pipeline = InputPipeline((0.5,) * 3, (0.25,) * 3, size=(12, 20), interpolation=interpolation)
+    images = torch.randn(2, 3, 32, 32)
+    short = pipeline.resize(images.to(dtype))
+    assert short.dtype == dtype
+    torch.testing.assert_close(short, pipeline.resize(images.to(dtype).float()).to(dtype), rtol=0, atol=0)
+
+
 def test_resize_leaves_native_images_alone():
     """Fault: a copy in every step."""
     images = torch.rand(1, 3, 16, 16)
