@@ -206,6 +206,7 @@ def tables(runs: Mapping[str, Runs]) -> dict[str, str]:
     made["known-good"] = settings_table(digits, KNOWN_GOOD)
     made["questions"] = forks_table(digits)
     made["share-digits"] = settings_table(load("share-digits"), ("standard", *SHARES))
+    made["roar-digits"] = roar_table(load("roar-digits"))
     made["saturation"] = saturation_table(load("saturation")["standard"])
     return made
 
@@ -253,6 +254,22 @@ def forks_table(runs: Runs) -> str:
         found = [difference(runs, fork.setting, fork.against, measure) for measure in MEASURES]
         cells = ["" if one is None else text(one, len(there)) for one in found]
         rows.append([fork.question, fork.setting, fork.against, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def roar_table(runs: Runs) -> str:
+    """Test accuracy of a fresh network on the top and on the bottom of the maps, and their difference, as Markdown."""
+    rows = [["setting", "n", "top (%)", "bottom (%)", "DiffROAR", "minus standard", "minus random mask"], ["---"] * 7]
+    scores = {
+        name: {seed: run["diff_roar"]["difference"] for seed, run in found.items()} for name, found in runs.items()
+    }
+    for name in (name for name in CENTRAL if name in runs):
+        judged = [run["diff_roar"] for run in runs[name].values()]
+        cells = [spread(dict(enumerate(one[part] for one in judged))) for part in ("top", "bottom", "difference")]
+        others = [paired(scores[name], scores[other]) for other in ("standard", "sgt random mask") if other != name]
+        found = ["" if one is None else text(one, len(runs) - 1) for one in others]
+        found = ["", *found] if name == "standard" else [*found, ""] if name == "sgt random mask" else found
+        rows.append([name, str(len(judged)), *cells, *found])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

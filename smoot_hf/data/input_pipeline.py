@@ -74,6 +74,9 @@ class InputPipeline:
             raise ValueError(f"std must be positive in every channel, got {self.std}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {self.interpolation!r}")
+        # As people write them, and image processors hold them.
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding must be at least 0 pixels, got {self.crop_padding}")
 

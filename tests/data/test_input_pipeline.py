@@ -123,6 +123,13 @@ def test_resize_is_differentiable():
     assert not seen[:, -3:].any()
 
 
+def test_mean_and_std_may_be_lists():
+    """Catches a list that fails in the first batch, for want of a hash."""
+    made = InputPipeline([0.5] * 3, [0.25] * 3)
+    assert made == InputPipeline((0.5,) * 3, (0.25,) * 3)
+    assert torch.equal(made.normalize(uint8_images()), InputPipeline((0.5,) * 3, (0.25,) * 3).normalize(uint8_images()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 def test_images_of_short_floats_are_resized(interpolation, dtype):
