@@ -82,7 +82,7 @@ def test_every_way_of_a_step_runs_and_is_written_down(benchmarks, monkeypatch, t
     monkeypatch.setattr(sys, "argv", ["training_step.py", *arguments])
     training_step.main()
     ways = json.loads(output.read_text())["models"]["cnn"]["ways"]
-    assert list(ways) == ["standard", "published", "sgt", "smoot", "masked", "masking"]
+    assert list(ways) == ["standard", "naive", "published", "sgt", "smoot", "masked", "share", "masking"]
     assert ways["standard"]["ratio"] == 1
     printed = capsys.readouterr().out
     assert all(f"\n  {way} " in printed for way in ways)
