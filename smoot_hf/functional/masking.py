@@ -64,9 +64,14 @@ def least_salient_mask(saliency: Tensor, k: Tensor) -> Tensor:
     Raises:
         ValueError: complex saliency.
     """
-    batch, height, width = saliency.shape
-    order = ranking_key(saliency).reshape(batch, -1).argsort(dim=1, stable=True)
-    in_budget = torch.arange(height * width, device=saliency.device) < k[:, None]
+    return _first_k(ranking_key(saliency), k)
+
+
+def _first_k(key: Tensor, k: Tensor) -> Tensor:
+    """Mask of the k positions of the lowest key of each image: (B, H, W), (B,) -> bool (B, 1, H, W)."""
+    batch, height, width = key.shape
+    order = key.reshape(batch, -1).argsort(dim=1, stable=True)
+    in_budget = torch.arange(height * width, device=key.device) < k[:, None]
     is_masked = torch.empty_like(in_budget).scatter_(1, order, in_budget)
     return is_masked.reshape(batch, 1, height, width)
 
@@ -102,7 +107,7 @@ def masked_positions(
             raise ValueError("positions='random' needs noise of shape (B, H, W), got None")
         return least_salient_mask(noise, k)
     is_reversed = positions == "most_salient" or (positions == "alternating" and epoch % 2 == 1)
-    return least_salient_mask(ranking_key(saliency, descending=is_reversed), k)
+    return _first_k(ranking_key(saliency, descending=is_reversed), k)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

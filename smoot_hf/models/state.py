@@ -41,7 +41,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
         return False
     from torch.distributed.tensor import DTensor
 
-    return isinstance(tensor, DTensor) or isinstance(tensor.data, DTensor)
+    return isinstance(tensor, DTensor)
 
 
 def _is_convolution_on_cpu(parameter: nn.Parameter) -> bool:
