@@ -57,7 +57,8 @@ from transformers import (
 from smoot_hf import MaskBudget, PaperCnnConfig, PaperCnnForImageClassification, SmootTrainingArguments
 from smoot_hf import functional as SF
 from smoot_hf.training.allocator import freed_memory_kept
-from smoot_hf.training.masked_step import compiled_pass, mask_images, masked_step, shared_pass
+from smoot_hf.training.clean_pass import compiled_pass, shared_pass
+from smoot_hf.training.masked_step import mask_images, masked_step
 
 Step = Callable[[], None]
 EPOCH = 0

@@ -24,7 +24,7 @@ from ..evaluation.diff_roar import diff_roar
 from ..models import PaperCnnConfig, PaperCnnForImageClassification
 from ..training import MaskBudget, SmootSettings, SmootTrainingArguments, masked_step
 from ..training.allocator import freed_memory_kept
-from ..training.masked_step import CleanPass, shared_pass
+from ..training.clean_pass import CleanPass, shared_pass
 from .campaign_images import Data, Splits, make_splits
 from .campaign_scores import judge, measure_briefly
 from .small_cnn import SmallCnn

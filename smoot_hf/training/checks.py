@@ -20,8 +20,8 @@ from ..evaluation.ranked_batches import has_index
 from ..functional import classification_loss
 from ..models.logits import logits_of
 from ..models.state import is_sharded, untouched
+from .clean_pass import runs_cuda_graphs
 from .mask_budget import MaskBudget
-from .masked_step import runs_cuda_graphs
 from .sample_stream import HOW_TO_INDEX
 from .settings import SmootSettings
 

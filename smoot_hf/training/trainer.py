@@ -32,11 +32,12 @@ from .checks import (
     warn_of_still_budget,
     warn_of_unseen_samples,
 )
+from .clean_pass import compiled_as_the_model, forward, runs_cuda_graphs
 from .indexing import IndexingTrainer
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
 from .masked_share import in_masked_share
-from .masked_step import compiled_as_the_model, forward, masked_step, runs_cuda_graphs
+from .masked_step import masked_step
 from .sample_index import SAMPLE_IDX, SAMPLE_ROWS, check_class_labels, class_indices
 from .trackers import TRACKERS, LogWindow, Tracking
 

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import ViTConfig, ViTForImageClassification
 
 from smoot_hf import functional as SF
-from smoot_hf.training.masked_step import compiled_pass, masked_step, shared_pass
+from smoot_hf.training.clean_pass import compiled_pass, shared_pass
+from smoot_hf.training.masked_step import masked_step
 
 SIX = {"kl_gradient": "masked", "saliency_score": "log_prob"}
 

@@ -16,8 +16,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from smoot_hf import SmootSettings
+from smoot_hf.training.clean_pass import compiled_pass, shared_pass
 from smoot_hf.training.masked_share import in_masked_share
-from smoot_hf.training.masked_step import compiled_pass, masked_step, shared_pass
+from smoot_hf.training.masked_step import masked_step
 
 
 class Smooth(nn.Module):
