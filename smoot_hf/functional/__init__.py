@@ -12,6 +12,13 @@ from .masking import (
     other_image_fill,
     uniform_fill,
 )
+from .multi_label import (
+    bernoulli_divergence,
+    multi_label_loss,
+    multi_label_ranking_score,
+    multi_label_shift,
+    multi_label_target,
+)
 from .objective import ObjectiveParts, classification_loss, kl_divergence, masked_objective, probability_shift
 from .perturbation import area_under_curve, deletion_curve, insertion_curve
 from .removal import removal_fill
@@ -21,6 +28,7 @@ __all__ = [
     "ObjectiveParts",
     "adversarial_fill",
     "area_under_curve",
+    "bernoulli_divergence",
     "boxes_to_mask",
     "cell_grid",
     "cell_sum",
@@ -37,6 +45,10 @@ __all__ = [
     "masked_objective",
     "masked_positions",
     "mean_fill",
+    "multi_label_loss",
+    "multi_label_ranking_score",
+    "multi_label_shift",
+    "multi_label_target",
     "other_image_fill",
     "probability_shift",
     "ranking_score",

@@ -16,13 +16,36 @@ class ObjectiveParts(NamedTuple):
     total: Tensor
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision as float32, wider types as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each sample: (B, classes), (B,) int64 -> (B,), in float32 or wider."""
-    return F.cross_entropy(_at_least_float32(logits), labels, reduction="none", label_smoothing=label_smoothing)
+    """Cross-entropy of each sample; a one-hot soft label gives that of its class, bit for bit.
+
+    Args:
+        logits: (B, classes); -inf for a class that is ruled out.
+        labels: int64 (B,), or soft labels (B, classes): a distribution over the classes.
+        label_smoothing: in [0, 1), of hard labels.
+
+    Returns:
+        (B,) in float32 or wider.
+
+    Raises:
+        ValueError: label smoothing of soft labels, which are smooth as they are meant to be.
+    """
+    wide = at_least_float32(logits)
+    if labels.ndim == 1:
+        return F.cross_entropy(wide, labels, reduction="none", label_smoothing=label_smoothing)
+    if label_smoothing:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} is for hard labels, got soft ones {tuple(labels.shape)}: set it to 0, "
+            "and smooth them where they are made"
+        )
+    weights = labels.to(wide.dtype)
+    # A class of weight 0 adds 0, also where the model rules it out, and not the NaN of 0 times -inf.
+    return -(weights * wide.log_softmax(dim=1).masked_fill(weights == 0, 0.0)).sum(dim=1)
 
 
 def kl_divergence(logits: Tensor, masked_logits: Tensor) -> Tensor:
@@ -35,8 +58,8 @@ def kl_divergence(logits: Tensor, masked_logits: Tensor) -> Tensor:
     Returns:
         (B,) non-negative up to rounding, exactly zero when both are equal; in float32 or wider.
     """
-    log_p = _at_least_float32(logits).log_softmax(dim=1)
-    log_q = _at_least_float32(masked_logits).log_softmax(dim=1)
+    log_p = at_least_float32(logits).log_softmax(dim=1)
+    log_q = at_least_float32(masked_logits).log_softmax(dim=1)
     # A class that the model rules out adds 0 (0 log 0), not the NaN of -inf minus -inf.
     is_ruled_out = log_p == -math.inf
     log_ratio = log_p.masked_fill(is_ruled_out, 0.0) - log_q.masked_fill(is_ruled_out, 0.0)
@@ -53,7 +76,7 @@ def masked_objective(
     Args:
         logits: (B, classes) of the clean images.
         masked_logits: (B, classes) of the masked images.
-        labels: (B,) int64.
+        labels: int64 (B,), or soft labels (B, classes).
         kl_weight: lambda, at least 0.
         label_smoothing: in [0, 1), of the cross-entropy alone.
 
@@ -65,9 +88,43 @@ def masked_objective(
     return ObjectiveParts(ce=ce, kl=kl, total=ce + kl_weight * kl)
 
 
-def _label_first_order(p: Tensor, labels: Tensor) -> Tensor:
-    """Class indices (B, classes): the label, then the others by falling probability."""
-    return p.scatter(1, labels[:, None], 2.0).argsort(dim=1, descending=True, stable=True)
+def _labels_first_order(p: Tensor, is_label: Tensor) -> Tensor:
+    """Class indices (B, classes): the labels, then the others, both by falling probability."""
+    order = p.argsort(dim=1, descending=True, stable=True)
+    labels_first = is_label.gather(1, order).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return order.gather(1, labels_first)
+
+
+def ranked_change(p: Tensor, q: Tensor, alpha: float, top_n: int, mode: str, is_label: Tensor | None = None) -> Tensor:
+    """Weighted change of ranked outputs (Equations 1 to 3), of whatever outputs they are.
+
+    Args:
+        p: (B, classes) in [0, 1], outputs for the clean images.
+        q: (B, classes), outputs for the masked images.
+        alpha: as in `probability_shift`, as are the next two.
+        top_n: as there.
+        mode: as there.
+        is_label: bool (B, classes), the classes that come first with `mode="label"`.
+
+    Returns:
+        (B,) in [-1, 1].
+
+    Raises:
+        ValueError: an unknown mode, or `mode="label"` without labels.
+    """
+    n = min(top_n, p.shape[1])
+    if mode == "rank":
+        change = q.topk(n, dim=1).values - p.topk(n, dim=1).values
+    elif mode in ("class", "label"):
+        if mode == "label" and is_label is None:
+            raise ValueError("mode='label' needs labels, got None")
+        first = torch.zeros_like(p, dtype=torch.bool) if mode == "class" or is_label is None else is_label
+        change = (q - p).gather(1, _labels_first_order(p, first)[:, :n])
+    else:
+        raise ValueError(f"mode must be 'rank', 'class' or 'label', got {mode!r}")
+    if n == 1:
+        return change[:, 0]
+    return alpha * change[:, 0] + (1 - alpha) * change[:, 1:].mean(dim=1)
 
 
 def probability_shift(
@@ -92,7 +149,8 @@ def probability_shift(
         mode: how "the i-th highest output" is read. `"rank"`: each distribution is sorted by itself, as the equations
             say; this rewards a confident change to a wrong class. `"class"`: both are sorted in the order of the clean
             outputs. `"label"`: the label comes first, the others in the order of the clean outputs.
-        labels: (B,) int64, needed by `mode="label"` only.
+        labels: needed by `mode="label"` only: int64 (B,); or soft labels (B, classes), of which the class of the
+            largest weight counts (the first of several).
 
     Returns:
         (B,) in [-1, 1], detached, in float32 or wider.
@@ -102,18 +160,10 @@ def probability_shift(
     """
     if logits.shape[1] < 2:
         raise ValueError(f"probability_shift needs at least 2 classes, got logits of shape {tuple(logits.shape)}")
-    p = _at_least_float32(logits.detach()).softmax(dim=1)
-    q = _at_least_float32(masked_logits.detach()).softmax(dim=1)
-    n = min(top_n, p.shape[1])
-    if mode == "rank":
-        change = q.topk(n, dim=1).values - p.topk(n, dim=1).values
-    elif mode in ("class", "label"):
-        if mode == "label" and labels is None:
-            raise ValueError("mode='label' needs labels, got None")
-        order = p.argsort(dim=1, descending=True, stable=True) if mode == "class" else _label_first_order(p, labels)
-        change = (q - p).gather(1, order[:, :n])
-    else:
-        raise ValueError(f"mode must be 'rank', 'class' or 'label', got {mode!r}")
-    if n == 1:
-        return change[:, 0]
-    return alpha * change[:, 0] + (1 - alpha) * change[:, 1:].mean(dim=1)
+    p = at_least_float32(logits.detach()).softmax(dim=1)
+    q = at_least_float32(masked_logits.detach()).softmax(dim=1)
+    is_label = None
+    if labels is not None:
+        hard = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        is_label = torch.zeros_like(p, dtype=torch.bool).scatter(1, hard[:, None], True)
+    return ranked_change(p, q, alpha, top_n, mode, is_label)
