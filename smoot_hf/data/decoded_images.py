@@ -252,7 +252,9 @@ def _decode_split(
 
 def _resizing_alone(pipeline: InputPipeline) -> InputPipeline:
     """Without what says nothing about the size, so that the cache serves every seed and augmentation."""
-    return replace(pipeline, mean=(0.0,), std=(1.0,), crop_padding=0, horizontal_flip=False, seed=0, is_resized=False)
+    return replace(
+        pipeline, mean=(0.0,), std=(1.0,), crop_padding=0, horizontal_flip=False, mix=None, seed=0, is_resized=False
+    )
 
 
 def _size(count: int) -> str:

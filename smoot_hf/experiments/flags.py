@@ -109,6 +109,18 @@ class RecipeArguments:
         default=0, metadata={"help": "Augmentation: random crops after padding each side by this many black pixels."}
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the images."})
+    mixup: float = field(
+        default=0.0,
+        metadata={"help": "Augmentation: mixup, its alpha (0.8 for DeiT). It makes the labels soft; 0: none."},
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata={"help": "Augmentation: CutMix, its alpha (1.0 for DeiT); with --mixup, one of both for each batch."},
+    )
+    random_erasing: float = field(
+        default=0.0,
+        metadata={"help": "Augmentation: erase a rectangle with this probability; with --mixup or --cutmix."},
+    )
 
     @property
     def data_name(self) -> str:

@@ -16,6 +16,7 @@ from ..data.class_counts import describe_class_counts, imbalance
 from ..data.dataset import load_image_dataset
 from ..data.decoded_images import DecodedImages, decode_images
 from ..data.image_sizes import must_be_resized
+from ..data.mixing import Mixing
 from ..data.planted_evidence import plant_images
 from ..errors import PushError, first_line
 from ..evaluation import Faithfulness, Localisation, evaluate_faithfulness, evaluate_localisation
@@ -140,9 +141,26 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
     if recipe.convert_rgb or train.is_resized:
         processor.do_convert_rgb = True
     pipeline = InputPipeline.from_image_processor(
-        processor, crop_padding=recipe.crop_padding, horizontal_flip=recipe.horizontal_flip, seed=args.seed
+        processor,
+        crop_padding=recipe.crop_padding,
+        horizontal_flip=recipe.horizontal_flip,
+        mix=_make_mixing(recipe, model),
+        seed=args.seed,
     )
     return Task(model, processor, replace(pipeline, is_resized=train.is_resized), train, test)
+
+
+def _make_mixing(recipe: RecipeArguments, model: Any) -> Mixing | None:
+    """What the flags of a recipe say of mixing.
+
+    Raises:
+        ValueError: erasing without mixing, or a flag out of its range.
+    """
+    if not recipe.mixup and not recipe.cutmix:
+        if recipe.random_erasing:
+            raise ValueError(f"random_erasing={recipe.random_erasing} goes with mixup or cutmix: set one of them")
+        return None
+    return Mixing(model.config.num_labels, recipe.mixup, recipe.cutmix, recipe.random_erasing)
 
 
 def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objective import at_least_float32, ranked_change
+from .objective import at_least_float32, ranked_change, require_same_shape
 from .saliency import check_score, linear_score
 
 
@@ -24,8 +24,12 @@ def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (B,) in float32 or wider. Divided by the number of classes it is the loss of transformers for
         `problem_type="multi_label_classification"`.
+
+    Raises:
+        ValueError: labels of another shape than the logits.
     """
     wide = at_least_float32(logits)
+    require_same_shape(labels, wide)
     return F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), reduction="none").sum(dim=1)
 
 
@@ -69,8 +73,9 @@ def multi_label_shift(
         masked_logits: (B, classes).
         alpha: weight of the highest output, in [0, 1].
         top_n: n, at least 1, cut to the number of classes. With n = 1 the result is delta_1 alone.
-        mode: as in `probability_shift`; with `"label"` the labels that the image has come first, by falling output.
-        labels: (B, classes), needed by `mode="label"` only; those above 0 are labels of the image.
+        mode: as in `probability_shift`; with `"label"` the labels that the image has come first, by falling output, and
+            those that it has in part in the order of their weights.
+        labels: (B, classes) in [0, 1], needed by `mode="label"` only.
 
     Returns:
         (B,) in [-1, 1], detached, in float32 or wider.
@@ -79,7 +84,7 @@ def multi_label_shift(
         ValueError: an unknown mode, or `mode="label"` without labels.
     """
     p, q = (at_least_float32(z.detach()).sigmoid() for z in (logits, masked_logits))
-    return ranked_change(p, q, alpha, top_n, mode, None if labels is None else labels > 0)
+    return ranked_change(p, q, alpha, top_n, mode, labels)
 
 
 def multi_label_target(logits: Tensor, labels: Tensor | None = None) -> Tensor:

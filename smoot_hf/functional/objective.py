@@ -21,31 +21,40 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def require_same_shape(labels: Tensor, logits: Tensor) -> None:
+    """Refuse weights of classes that are not one for each logit: some shapes would be broadcast.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels of {tuple(labels.shape)} do not fit logits of {tuple(logits.shape)}: give a weight for each class"
+        )
+
+
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each sample; a one-hot soft label gives that of its class, bit for bit.
 
     Args:
         logits: (B, classes); -inf for a class that is ruled out.
         labels: int64 (B,), or soft labels (B, classes): a distribution over the classes.
-        label_smoothing: in [0, 1), of hard labels.
+        label_smoothing: in [0, 1]: the share of the target that is spread evenly over the classes.
 
     Returns:
         (B,) in float32 or wider.
 
     Raises:
-        ValueError: label smoothing of soft labels, which are smooth as they are meant to be.
+        ValueError: soft labels of another shape than the logits.
     """
     wide = at_least_float32(logits)
     if labels.ndim == 1:
         return F.cross_entropy(wide, labels, reduction="none", label_smoothing=label_smoothing)
-    if label_smoothing:
-        raise ValueError(
-            f"label_smoothing={label_smoothing} is for hard labels, got soft ones {tuple(labels.shape)}: set it to 0, "
-            "and smooth them where they are made"
-        )
-    weights = labels.to(wide.dtype)
+    require_same_shape(labels, wide)
+    weights, log_p = labels.to(wide.dtype), wide.log_softmax(dim=1)
     # A class of weight 0 adds 0, also where the model rules it out, and not the NaN of 0 times -inf.
-    return -(weights * wide.log_softmax(dim=1).masked_fill(weights == 0, 0.0)).sum(dim=1)
+    ce = -(weights * log_p.masked_fill(weights == 0, 0.0)).sum(dim=1)
+    return ce if label_smoothing == 0 else (1 - label_smoothing) * ce - label_smoothing * log_p.mean(dim=1)
 
 
 def kl_divergence(logits: Tensor, masked_logits: Tensor) -> Tensor:
@@ -88,14 +97,15 @@ def masked_objective(
     return ObjectiveParts(ce=ce, kl=kl, total=ce + kl_weight * kl)
 
 
-def _labels_first_order(p: Tensor, is_label: Tensor) -> Tensor:
-    """Class indices (B, classes): the labels, then the others, both by falling probability."""
+def _falling_order(p: Tensor, weights: Tensor | None) -> Tensor:
+    """Class indices (B, classes) by falling weight, those of equal weight by falling output."""
     order = p.argsort(dim=1, descending=True, stable=True)
-    labels_first = is_label.gather(1, order).to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    return order.gather(1, labels_first)
+    if weights is None:
+        return order
+    return order.gather(1, weights.gather(1, order).argsort(dim=1, descending=True, stable=True))
 
 
-def ranked_change(p: Tensor, q: Tensor, alpha: float, top_n: int, mode: str, is_label: Tensor | None = None) -> Tensor:
+def ranked_change(p: Tensor, q: Tensor, alpha: float, top_n: int, mode: str, weights: Tensor | None = None) -> Tensor:
     """Weighted change of ranked outputs (Equations 1 to 3), of whatever outputs they are.
 
     Args:
@@ -104,7 +114,7 @@ def ranked_change(p: Tensor, q: Tensor, alpha: float, top_n: int, mode: str, is_
         alpha: as in `probability_shift`, as are the next two.
         top_n: as there.
         mode: as there.
-        is_label: bool (B, classes), the classes that come first with `mode="label"`.
+        weights: (B, classes), needed by `mode="label"` only: the classes of larger weight come first.
 
     Returns:
         (B,) in [-1, 1].
@@ -116,10 +126,9 @@ def ranked_change(p: Tensor, q: Tensor, alpha: float, top_n: int, mode: str, is_
     if mode == "rank":
         change = q.topk(n, dim=1).values - p.topk(n, dim=1).values
     elif mode in ("class", "label"):
-        if mode == "label" and is_label is None:
+        if mode == "label" and weights is None:
             raise ValueError("mode='label' needs labels, got None")
-        first = torch.zeros_like(p, dtype=torch.bool) if mode == "class" or is_label is None else is_label
-        change = (q - p).gather(1, _labels_first_order(p, first)[:, :n])
+        change = (q - p).gather(1, _falling_order(p, weights if mode == "label" else None)[:, :n])
     else:
         raise ValueError(f"mode must be 'rank', 'class' or 'label', got {mode!r}")
     if n == 1:
@@ -165,5 +174,5 @@ def probability_shift(
     is_label = None
     if labels is not None:
         hard = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        is_label = torch.zeros_like(p, dtype=torch.bool).scatter(1, hard[:, None], True)
+        is_label = torch.zeros_like(p).scatter(1, hard[:, None], 1.0)
     return ranked_change(p, q, alpha, top_n, mode, is_label)

@@ -153,6 +153,7 @@ def _beside_arguments(trainer: Any) -> dict[str, Any]:
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "crop_padding": getattr(pipeline, "crop_padding", None),
         "horizontal_flip": getattr(pipeline, "horizontal_flip", None),
+        "mix": None if getattr(pipeline, "mix", None) is None else repr(pipeline.mix),
     }
     return {name: value for name, value in facts.items() if value}
 

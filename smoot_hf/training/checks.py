@@ -17,11 +17,12 @@ from transformers.utils import ModelOutput, logging
 
 from ..errors import first_line
 from ..evaluation.ranked_batches import has_index
-from ..functional import classification_loss
 from ..models.logits import logits_of
 from ..models.state import is_sharded, untouched
 from .clean_pass import runs_cuda_graphs
+from .labels import find_fault
 from .mask_budget import MaskBudget
+from .problem import MULTI_LABEL_TYPE, problem_of
 from .sample_stream import HOW_TO_INDEX
 from .settings import SmootSettings
 
@@ -97,10 +98,15 @@ def _first_sharded_parameter(model: nn.Module) -> str | None:
 def _refuse_model(trainer: Trainer) -> None:
     config = getattr(trainer.model, "config", None)
     problem_type = getattr(config, "problem_type", None)
-    if problem_type not in (None, "single_label_classification"):
+    if problem_type not in (None, "single_label_classification", MULTI_LABEL_TYPE):
         raise ValueError(
-            f"problem_type={problem_type!r} is refused: the loss is a cross-entropy over exclusive classes and delta "
-            "ranks one softmax distribution. Use transformers.Trainer"
+            f"problem_type={problem_type!r} is refused: delta ranks the outputs of classes, of which a regression has "
+            "none. Use transformers.Trainer"
+        )
+    if problem_type == MULTI_LABEL_TYPE and trainer.args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={trainer.args.label_smoothing_factor} is for exclusive classes, and the model "
+            f"has problem_type={problem_type!r}: set it to 0"
         )
     num_labels = getattr(config, "num_labels", None)
     if num_labels is not None and num_labels < 2:
@@ -146,6 +152,24 @@ def _refuse_forward(model: Any) -> None:
         )
 
 
+def check_mixed_labels(pipeline: Any, labels: Tensor, multi_label: bool) -> None:
+    """Refuse what `InputPipeline.mix` has made of the labels of a batch; waits for the device.
+
+    Args:
+        pipeline: of the training, or `None`.
+        labels: int64 (B,), or (B, classes).
+        multi_label: whether an image may have several labels.
+
+    Raises:
+        ValueError: they are no soft labels.
+    """
+    if pipeline is None or pipeline.mix is None:
+        return
+    fault = find_fault(labels, None, multi_label)
+    if fault is not None:
+        raise ValueError(f"the labels that input_pipeline.mix makes must {fault.must}, but one is {fault.found}")
+
+
 def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_name: str, others: dict[str, Any]) -> None:
     """Warn where the model's forward computes a loss that is not the cross-entropy, for it is not trained by.
 
@@ -155,7 +179,7 @@ def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_nam
     Args:
         model: not wrapped.
         images: as the model takes them, (B, C, H, W).
-        labels: int64 (B,).
+        labels: int64 (B,), or (B, classes).
         label_name: of its argument for labels.
         others: further keyword arguments of the model.
     """
@@ -173,7 +197,7 @@ def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_nam
     if own is None:
         return
     own = own.detach().float().mean()
-    ce = classification_loss(logits_of(outputs, len(images)), labels).mean()
+    ce = problem_of(model).loss(logits_of(outputs, len(images)), labels, 0.0).mean()
     if not torch.allclose(own, ce, rtol=0.01, atol=1e-4, equal_nan=True):
         logger.warning(
             f"{name} computes a loss of its own in its forward, {own:.4g} on the first batch, where the cross-entropy "
