@@ -25,6 +25,8 @@ RUNS = {
     "eval_pass": {"saliency_pass": "eval"},
     "loss_pass": {"kl_gradient": "masked", "saliency_score": "log_prob", "gradient_accumulation_steps": 2},
     "sgt": {"method": "sgt"},
+    "soft_labels": {"labels": "soft", "delta_mode": "label"},
+    "several_labels": {"labels": "several", "gradient_accumulation_steps": 2},
     "stream": {"streams": True},
     "uneven_stream": {"streams": True, "length": 21},
     # Often one process has nobody of the share, or nobody else; its buffers would then be sent to nobody.
@@ -106,6 +108,13 @@ def train(name, folder, world_size, resume=False):
     settings = dict(RUNS[name])
     length, model = settings.pop("length", 24), build(settings.pop("model", "vit"), **dropout_of(settings))
     data, more = TinyImages(length), {}
+    kind_of_labels = settings.pop("labels", None)
+    if kind_of_labels == "soft":
+        data.labels = [[0.25, *(0.25 + 0.5 * (j == i % 3) for j in range(3))] for i in range(length)]
+        data.labels = [[weight / sum(row) for weight in row] for row in data.labels]
+    if kind_of_labels == "several":
+        model.config.problem_type = "multi_label_classification"
+        data.labels = [[float(i % 3 == j or i % 4 == j) * (i % 5 > 0) for j in range(4)] for i in range(length)]
     if settings.pop("freezes", False):
         freeze_batch_statistics(model)
     if settings.pop("has_buffer", False):

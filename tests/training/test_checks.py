@@ -168,7 +168,7 @@ def test_labels_of_any_integer_type_are_trained_and_evaluated_alike(dtype, metho
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_float_labels_are_refused_in_one_line_everywhere(dtype, method, quick_args):
     """Catches torch's own words about a Long, in training, evaluation, prediction and a stream's training."""
-    line = rf"^'labels' must be one class index per sample, int64 \(B,\), got {dtype} \(8,\): convert them .*long\(\)$"
+    line = rf"^'labels' must be one class index per sample, int64 \(B,\), .*got {dtype} \(8,\): convert .*long\(\)$"
     data, collator = TinyImages(), with_labels_as(dtype)
     trainer = SmootTrainer(build("vit"), quick_args(method=method), train_dataset=data)
     trainer.data_collator = collator

@@ -17,7 +17,7 @@ HERE = Path(__file__).parents[1]
 EXACT = [
     *("vit", "uneven", "few", "accumulated", "uneven_accumulated", "few_accumulated"),
     *("eval_pass", "loss_pass", "sgt", "stream", "augmented", "frozen_batchnorm"),
-    *("share", "share_accumulated", "share_loss_pass"),
+    *("share", "share_accumulated", "share_loss_pass", "soft_labels", "several_labels"),
 ]
 LARGEST, MEAN = 1e-5, 1e-6
 SEVERAL = [2, 4]
