@@ -51,6 +51,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mnist": _MNIST,
     "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},
     "cifar10": _CIFAR10,
+    # With the augmentation that DeiT itself is trained with; its labels are soft.
+    "cifar10-mixed": {
+        "dataset": "uoft-cs/cifar10",
+        "model": "deit-tiny",
+        "crop_padding": 4,
+        "horizontal_flip": True,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "random_erasing": 0.25,
+        "label_smoothing_factor": 0.1,
+        "learning_rate": 5e-4,
+        "weight_decay": 0.05,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 100,
+    },
     "cifar100": {**_CIFAR10, "dataset": "uoft-cs/cifar100", "label_column": "fine_label"},
     "photos": {
         "dataset": "photos",
