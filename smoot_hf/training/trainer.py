@@ -177,16 +177,17 @@ class SmootMixin(IndexingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.mask_budget is not None and self.args.should_save:
-            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME), self._origin(self.run_identity))
+        if self.mask_budget is not None:
+            path = os.path.join(output_dir, MASK_BUDGET_NAME) if self.args.should_save else None
+            self.mask_budget.save(path, self._origin(self.run_identity))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.mask_budget is None:
             return
-        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
+        path, content = os.path.join(checkpoint, MASK_BUDGET_NAME), None
         if os.path.isfile(path):
-            self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
+            content = self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
             if not is_identified(self.mask_budget.dataset_fingerprint):
                 logger.warning(
                     f"K is taken from {path} row by row, but nothing identifies the training set: it must be the same, "
@@ -196,7 +197,7 @@ class SmootMixin(IndexingTrainer):
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
             self.begin_mask_budget()
-        require_one_content(self.mask_budget.digest(), path, self.accelerator)
+        require_one_content(content, path, self.accelerator)
 
     def _origin(self, run: RunIdentity | None) -> dict[str, Any]:
         """What stands in the file of K beside the data: which training it is of, and after how many of its steps."""
