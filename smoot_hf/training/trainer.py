@@ -39,6 +39,7 @@ from .mask_budget_file import MASK_BUDGET_NAME
 from .masked_share import in_masked_share
 from .masked_step import masked_step
 from .sample_index import SAMPLE_IDX, SAMPLE_ROWS, check_class_labels, class_indices
+from .sharded_mask_budget import ShardedMaskBudget
 from .trackers import TRACKERS, LogWindow, Tracking
 
 logger = logging.get_logger(__name__)
@@ -84,7 +85,8 @@ class SmootMixin(IndexingTrainer):
         **more: further arguments of `Trainer`, by name.
 
     Attributes:
-        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
+        mask_budget: `MaskBudget` of the training set, the same on every process; `ShardedMaskBudget` where
+            `mask_budget_sharded` asks for it and there are several processes; `None` for standard training.
 
     Raises:
         TypeError: when a class is derived and a method of one of its other parents would never run.
@@ -154,7 +156,8 @@ class SmootMixin(IndexingTrainer):
         # Weak: a search frees the model of each trial.
         self._budgeted = weakref.ref(self.model), self.train_dataset
         image_size = first["pixel_values"].shape[-2:]
-        self.mask_budget = MaskBudget.for_training(
+        is_sharded = self.args.mask_budget_sharded and self.accelerator.num_processes > 1
+        self.mask_budget = (ShardedMaskBudget if is_sharded else MaskBudget).for_training(
             self.args.settings, len(dataset), image_size, self.dataset_fingerprint(), self.args.device
         )
 
