@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import QUICK, PixelImages, TinyImages, build
+from distributed_run import Rows, k_of
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +33,7 @@ RUNS = {
     "gathered": {"reshard_after_forward": False},
     "dropout": {"dropout": 0.5, "mask_ratio": 0.0, "mask_ratio_min": 0.0},
     "stream": {"streams": True},
+    "sharded_budget": {"mask_budget_sharded": True, "gradient_accumulation_steps": 2},
 }
 
 
@@ -54,8 +56,6 @@ def make_trainer(name, folder, world_size, config=None, **more_settings):
         data = PixelImages(24)
         more = {"input_pipeline": InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)}
     if settings.pop("streams", False):
-        from distributed_run import Rows
-
         data = Rows(data)
         settings |= {"num_train_samples": 24, "num_train_epochs": 2, "max_steps": -1}
     # Of what ViT names itself, accelerate shards the embeddings twice, and fails.
@@ -93,7 +93,7 @@ def train(name, folder, world_size, resume=None):
     parameters = dict(trainer.model.named_parameters())
     return {
         "sharded": sum(isinstance(parameter, DTensor) for parameter in parameters.values()),
-        "k": None if trainer.mask_budget is None else trainer.mask_budget.k,
+        "k": None if trainer.mask_budget is None else k_of(trainer.mask_budget),
         "parameters": {key: whole(parameter) for key, parameter in parameters.items()},
         "logs": trainer.state.log_history,
     }

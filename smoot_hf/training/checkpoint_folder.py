@@ -138,7 +138,7 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
     try:
         RunIdentity.load(folder)
         if MASK_BUDGET_NAME in names:
-            read_budget(os.path.join(folder, MASK_BUDGET_NAME))
+            read_budget(os.path.join(folder, MASK_BUDGET_NAME), range(0))
     except DamagedBudgetError as error:
         return f"{MASK_BUDGET_NAME} is damaged: {error.reason}"
     except DamagedIdentityError:
@@ -275,8 +275,13 @@ def refuse_other_runs(output_dir: str | os.PathLike[str], known: Collection[str]
             )
 
 
-def require_one_content(digest: str, path: str, accelerator: Accelerator) -> None:
+def require_one_content(digest: str | None, path: str, accelerator: Accelerator) -> None:
     """Let the processes, on whatever machines, compare what they have read; they call this together.
+
+    Args:
+        digest: of what this process has read, `None` where it has found nothing.
+        path: of the file.
+        accelerator: of the training.
 
     Raises:
         ValueError: they have not read the same.

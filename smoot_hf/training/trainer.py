@@ -41,6 +41,7 @@ from .masked_share import in_masked_share
 from .masked_step import masked_step
 from .problem import problem_of
 from .sample_index import SAMPLE_IDX, SAMPLE_ROWS
+from .sharded_mask_budget import ShardedMaskBudget
 from .trackers import TRACKERS, LogWindow, Tracking
 
 logger = logging.get_logger(__name__)
@@ -86,7 +87,8 @@ class SmootMixin(IndexingTrainer):
         **more: further arguments of `Trainer`, by name.
 
     Attributes:
-        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
+        mask_budget: `MaskBudget` of the training set, the same on every process; `ShardedMaskBudget` where
+            `mask_budget_sharded` asks for it and there are several processes; `None` for standard training.
 
     Raises:
         TypeError: when a class is derived and a method of one of its other parents would never run.
@@ -156,7 +158,8 @@ class SmootMixin(IndexingTrainer):
         # Weak: a search frees the model of each trial.
         self._budgeted = weakref.ref(self.model), self.train_dataset
         image_size = first["pixel_values"].shape[-2:]
-        self.mask_budget = MaskBudget.for_training(
+        is_sharded = self.args.mask_budget_sharded and self.accelerator.num_processes > 1
+        self.mask_budget = (ShardedMaskBudget if is_sharded else MaskBudget).for_training(
             self.args.settings, len(dataset), image_size, self.dataset_fingerprint(), self.args.device
         )
 
@@ -179,16 +182,17 @@ class SmootMixin(IndexingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.mask_budget is not None and self.args.should_save:
-            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME), self._origin(self.run_identity))
+        if self.mask_budget is not None:
+            path = os.path.join(output_dir, MASK_BUDGET_NAME) if self.args.should_save else None
+            self.mask_budget.save(path, self._origin(self.run_identity))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.mask_budget is None:
             return
-        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
+        path, content = os.path.join(checkpoint, MASK_BUDGET_NAME), None
         if os.path.isfile(path):
-            self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
+            content = self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
             if not is_identified(self.mask_budget.dataset_fingerprint):
                 logger.warning(
                     f"K is taken from {path} row by row, but nothing identifies the training set: it must be the same, "
@@ -198,7 +202,7 @@ class SmootMixin(IndexingTrainer):
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
             self.begin_mask_budget()
-        require_one_content(self.mask_budget.digest(), path, self.accelerator)
+        require_one_content(content, path, self.accelerator)
 
     def _origin(self, run: RunIdentity | None) -> dict[str, Any]:
         """What stands in the file of K beside the data: which training it is of, and after how many of its steps."""
