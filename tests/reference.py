@@ -267,12 +267,6 @@ def linear_outputs(image, weights, bias):
     return outputs
 
 
-def multi_label_target(outputs, labels):
-    """The labels of the image; of an image without any the highest output alone."""
-    highest = [float(place == outputs.index(max(outputs))) for place in range(len(outputs))]
-    return labels if any(labels) else highest
-
-
 def multi_label_saliency(weights, target):
     """Magnitude of the gradient of the sum of the target labels' `linear_outputs`, its mean over the channels."""
     channels, height, width = len(weights[0]), len(weights[0][0]), len(weights[0][0][0])
@@ -309,5 +303,5 @@ def deletion_outputs(image, saliency, weights, bias, counts):
 
 def label_probability(outputs, target):
     """The mean sigmoid output of the target labels."""
-    found = [1 / (1 + math.exp(-value)) for value, is_target in zip(outputs, target, strict=True) if is_target]
+    found = [sigmoid(value) for value, is_target in zip(outputs, target, strict=True) if is_target]
     return sum(found) / len(found)

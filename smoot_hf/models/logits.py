@@ -113,12 +113,22 @@ def takes_pixel_values(model: nn.Module) -> bool:
 AttributionScore = Literal["logit", "log_prob"]
 
 
+MULTI_LABEL = "multi_label_classification"
+
+
+def config_value(model: nn.Module, name: str) -> Any:
+    """A value of the model's configuration, also where DDP or torch.compile wraps it; `None` without it."""
+    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return getattr(getattr(model, "config", None), name, None)
+
+
 def is_multi_label(model: nn.Module) -> bool:
     """Whether an image may have several labels or none: where the model's configuration says so by `problem_type`.
 
     Each output then has a sigmoid of its own. Models of all other kinds have exclusive classes and one softmax.
     """
-    return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+    return config_value(model, "problem_type") == MULTI_LABEL
 
 
 def refuse_multi_label(model: nn.Module, what: str) -> None:

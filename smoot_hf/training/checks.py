@@ -17,12 +17,12 @@ from transformers.utils import ModelOutput, logging
 
 from ..errors import first_line
 from ..evaluation.ranked_batches import has_index
-from ..models.logits import logits_of
+from ..models.logits import MULTI_LABEL, is_multi_label, logits_of
 from ..models.state import is_sharded, untouched
 from .clean_pass import runs_cuda_graphs
 from .labels import find_fault
 from .mask_budget import MaskBudget
-from .problem import MULTI_LABEL_TYPE, problem_of
+from .problem import problem_of
 from .sample_stream import HOW_TO_INDEX
 from .settings import SmootSettings
 
@@ -98,12 +98,12 @@ def _first_sharded_parameter(model: nn.Module) -> str | None:
 def _refuse_model(trainer: Trainer) -> None:
     config = getattr(trainer.model, "config", None)
     problem_type = getattr(config, "problem_type", None)
-    if problem_type not in (None, "single_label_classification", MULTI_LABEL_TYPE):
+    if problem_type not in (None, "single_label_classification", MULTI_LABEL):
         raise ValueError(
             f"problem_type={problem_type!r} is refused: delta ranks the outputs of classes, of which a regression has "
             "none. Use transformers.Trainer"
         )
-    if problem_type == MULTI_LABEL_TYPE and trainer.args.label_smoothing_factor:
+    if is_multi_label(trainer.model) and trainer.args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={trainer.args.label_smoothing_factor} is for exclusive classes, and the model "
             f"has problem_type={problem_type!r}: set it to 0"

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import functional as SF
 from ..functional.saliency import without_autocast
-from ..models.logits import no_logits, run_classifier
-from .problem import SINGLE_LABEL, config_value
+from ..models.logits import config_value, no_logits, run_classifier
+from .problem import SINGLE_LABEL
 
 
 class CleanPass(NamedTuple):

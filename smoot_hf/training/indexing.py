@@ -12,8 +12,8 @@ from transformers.utils import logging
 from ..data.input_pipeline import InputPipeline
 from ..evaluation.ranked_batches import has_index
 from ..models.classifier import vision_config
+from ..models.logits import is_multi_label
 from .arguments import SmootTrainingArguments
-from .problem import MULTI_LABEL, problem_of
 from .publishing import PublishingTrainer
 from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset
 from .sample_stream import StreamCollator, with_length
@@ -55,11 +55,6 @@ class IndexingTrainer(PublishingTrainer):
             more["train_dataset"] = with_length(more["train_dataset"], count)
         super().__init__(model, args, *others, **more)
 
-    @property
-    def multi_label(self) -> bool:
-        """Whether an image may have several labels, by the model's configuration."""
-        return problem_of(self.model) is MULTI_LABEL
-
     def indexed_parts(self, dataset: Any, description: str) -> tuple[Any, Any]:
         """The training set and its collator with `sample_idx`, unused columns removed as the Trainer would."""
         count = self.args.num_train_samples
@@ -87,8 +82,9 @@ class IndexingTrainer(PublishingTrainer):
         uint8 = self.input_pipeline is not None
         # accelerate takes the batches of a stream apart, and could do that with tensors alone.
         keeps_rows = self.args.masked_share < 1 and has_index(original)
+        multi_label = is_multi_label(self.model)
         indexed = IndexedCollator(
-            collator, self.label_names[0], num_labels, self.multi_label, num_channels, uint8, removed, keeps_rows
+            collator, self.label_names[0], num_labels, multi_label, num_channels, uint8, removed, keeps_rows
         )
         return IndexedDataset(kept, removed), indexed
 

@@ -1,13 +1,12 @@
 """The problem that a model is trained for: exclusive classes, or several labels for an image."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .. import functional as SF
-
-MULTI_LABEL_TYPE = "multi_label_classification"
+from ..models.logits import is_multi_label
 
 
 class Problem(NamedTuple):
@@ -59,11 +58,4 @@ MULTI_LABEL = Problem(
 
 def problem_of(model: nn.Module) -> Problem:
     """The problem by the configuration of the model, also where DDP or torch.compile wraps it."""
-    return MULTI_LABEL if config_value(model, "problem_type") == MULTI_LABEL_TYPE else SINGLE_LABEL
-
-
-def config_value(model: nn.Module, name: str) -> Any:
-    """A value of the model's configuration, also where DDP or torch.compile wraps it; `None` without it."""
-    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return getattr(getattr(model, "config", None), name, None)
+    return MULTI_LABEL if is_multi_label(model) else SINGLE_LABEL

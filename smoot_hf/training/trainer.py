@@ -17,6 +17,7 @@ from ..data.input_pipeline import InputPipeline
 from ..evaluation.faithfulness import evaluate_faithfulness
 from ..evaluation.ranked_batches import NothingToMeasureError, evenly_spread
 from ..fingerprint import is_identified
+from ..models.logits import is_multi_label
 from ..models.state import random_state_kept
 from .allocator import freed_memory_kept
 from .arguments import SmootTrainingArguments
@@ -289,7 +290,7 @@ class SmootMixin(IndexingTrainer):
         for name in ("pixel_values", label_name):
             if inputs.get(name) is None:
                 raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}: let the data collator make it")
-        labels = read_labels(inputs.pop(label_name), label_name, self.multi_label)
+        labels = read_labels(inputs.pop(label_name), label_name, is_multi_label(self.model))
         images = inputs.pop("pixel_values")
         sample_idx, rows = inputs.pop(SAMPLE_IDX, None), inputs.pop(SAMPLE_ROWS, None)
         is_training = model.training and torch.is_grad_enabled()
@@ -304,7 +305,7 @@ class SmootMixin(IndexingTrainer):
             # In evaluation the pipeline has resized already, as the image processor does.
             outputs, logits = forward(model, self._resize(images) if is_training else images, inputs)
             if not is_training:
-                check_evaluation_labels(labels, logits.shape[1], self.multi_label)
+                check_evaluation_labels(labels, logits.shape[1], is_multi_label(self.model))
             ce = problem_of(self.model).loss(logits, labels, self.args.label_smoothing_factor)
             loss = self._classification_loss(outputs, labels, ce, num_items_in_batch)
             if is_training:
@@ -363,7 +364,7 @@ class SmootMixin(IndexingTrainer):
         if self._first_batch_is_seen:
             return
         self._first_batch_is_seen = True
-        check_mixed_labels(self.input_pipeline, labels, self.multi_label)
+        check_mixed_labels(self.input_pipeline, labels, is_multi_label(self.model))
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.compute_loss_func is None and not is_sharded and self.is_world_process_zero():
             warn_of_own_loss(self.model, self._resize(images), labels, self.label_names[0], others)
