@@ -177,3 +177,80 @@ def localisation_scores(attribution, evidence, top):
         "roc_auc": _roc_auc(positions),
         "top_outside": 1 - expected_hits(positions, count) / count,
     }
+
+
+def average_precision(outputs, labels):
+    """Of one label: the mean, over the images that have it, of the precision at their output; NaN where none has."""
+    precisions = []
+    for output, has_label in zip(outputs, labels, strict=True):
+        if has_label:
+            as_high = [other for value, other in zip(outputs, labels, strict=True) if value >= output]
+            precisions.append(sum(as_high) / len(as_high))
+    return sum(precisions) / len(precisions) if precisions else math.nan
+
+
+def mean_average_precision(outputs, labels):
+    """Rows of outputs and of 0 and 1, one of each per image; the mean over the labels that occur."""
+    columns = zip(zip(*outputs, strict=True), zip(*labels, strict=True), strict=True)
+    found = [average_precision(*column) for column in columns]
+    known = [value for value in found if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def linear_outputs(image, weights, bias):
+    """One output for each label: its bias, and the sum of weight times pixel over channels, rows and columns."""
+    outputs = []
+    for of_label, constant in zip(weights, bias, strict=True):
+        total = constant
+        for channel, of_channel in zip(image, of_label, strict=True):
+            for row, of_row in zip(channel, of_channel, strict=True):
+                for pixel, weight in zip(row, of_row, strict=True):
+                    total += pixel * weight
+        outputs.append(total)
+    return outputs
+
+
+def multi_label_target(outputs, labels):
+    """The labels of the image; of an image without any the highest output alone."""
+    highest = [float(place == outputs.index(max(outputs))) for place in range(len(outputs))]
+    return labels if any(labels) else highest
+
+
+def multi_label_saliency(weights, target):
+    """Magnitude of the gradient of the sum of the target labels' `linear_outputs`, its mean over the channels."""
+    channels, height, width = len(weights[0]), len(weights[0][0]), len(weights[0][0][0])
+    rows = []
+    for row in range(height):
+        line = []
+        for column in range(width):
+            total = 0.0
+            for channel in range(channels):
+                slopes = [
+                    of_label[channel][row][column]
+                    for of_label, is_target in zip(weights, target, strict=True)
+                    if is_target
+                ]
+                total += abs(sum(slopes))
+            line.append(total / channels)
+        rows.append(line)
+    return rows
+
+
+def deletion_outputs(image, saliency, weights, bias, counts):
+    """Outputs of `linear_outputs` while the most salient positions of an image are replaced by zero, all channels."""
+    falling = list(reversed(rank_least_salient(saliency)))
+    found = []
+    for count in counts:
+        removed = set(falling[:count])
+        left = [
+            [[0.0 if (r, c) in removed else pixel for c, pixel in enumerate(row)] for r, row in enumerate(channel)]
+            for channel in image
+        ]
+        found.append(linear_outputs(left, weights, bias))
+    return found
+
+
+def label_probability(outputs, target):
+    """The mean sigmoid output of the target labels."""
+    found = [1 / (1 + math.exp(-value)) for value, is_target in zip(outputs, target, strict=True) if is_target]
+    return sum(found) / len(found)

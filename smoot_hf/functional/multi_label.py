@@ -105,6 +105,25 @@ def multi_label_target(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     return torch.where((weights > 0).any(dim=1, keepdim=True), weights, highest)
 
 
+def multi_label_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
+    """The scalar whose gradient is the saliency: the sum of the target labels' scores.
+
+    Args:
+        logits: (B, classes).
+        target: (B, classes), weights of the scores, as from `multi_label_target`.
+        score: `"logit"`, or `"log_prob"` for the logarithm of the sigmoid output.
+
+    Returns:
+        (B,), the sum of w_j z_j, or of w_j log p_j.
+
+    Raises:
+        ValueError: `score` is neither of the two.
+    """
+    check_score(score)
+    scores = logits if score == "logit" else F.logsigmoid(logits)
+    return (scores * target.to(scores.dtype)).sum(dim=1)
+
+
 def multi_label_ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
     """A score that ranks the pixels as the sum of the target labels' scores does, and whose gradient does not vanish.
 
