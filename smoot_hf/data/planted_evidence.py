@@ -242,12 +242,12 @@ def plant_decoy(pixels: Tensor, labels: Tensor, *, seed: int, leaks: bool) -> Pl
 def plant_several(pixels: Tensor, labels: Tensor, *, classes: int, seed: int) -> PlantedImages:
     """`several`: up to three objects of different classes in an image of two rows of two blocks, the others null.
 
-    A tenth of the images has no object, and three tenths each have one, two and three. Their classes are drawn first,
-    all alike, then an image of each class, and the blocks that they stand in.
+    A tenth of the images has no object, and three tenths each have one, two and three, or as many as there are classes.
+    Their classes are drawn first, all alike, then an image of each class, and the blocks that they stand in.
 
     Args:
         pixels: uint8 (N, C, h, w).
-        labels: int64 (N,) from 0, of at least three classes.
+        labels: int64 (N,) from 0.
         classes: the number of labels; some may have no image here.
         seed: of all draws.
 
@@ -256,23 +256,23 @@ def plant_several(pixels: Tensor, labels: Tensor, *, classes: int, seed: int) ->
         block of its object.
 
     Raises:
-        ValueError: pixels or labels of another type or shape, fewer than three classes, or a label from `classes` on.
+        ValueError: pixels or labels of another type or shape, or a label outside [0, classes).
     """
     _check(pixels, labels)
     present, sizes = labels.unique(return_counts=True)
-    if len(present) < 3 or int(present.min()) < 0 or int(present.max()) >= classes:
-        raise ValueError(
-            f"three objects of an image need labels of at least 3 classes in [0, {classes - 1}], got {present.tolist()}"
-        )
+    if int(present.min()) < 0 or int(present.max()) >= classes:
+        raise ValueError(f"labels must lie in [0, {classes - 1}], got {present.tolist()}")
     generator, count = _generator("several", seed), len(pixels)
     number = torch.multinomial(torch.tensor(_OBJECTS_OF_TEN), count, replacement=True, generator=generator)
     chosen = torch.rand(count, len(present), generator=generator).argsort(dim=1)[:, :3]
     # Its place among the images of its class, which stand together in this order.
-    draw = (torch.rand(count, 3, generator=generator, dtype=torch.float64) * sizes[chosen]).long()
+    draw = (torch.rand(chosen.shape, generator=generator, dtype=torch.float64) * sizes[chosen]).long()
     rows = labels.argsort(stable=True)[(sizes.cumsum(0) - sizes)[chosen] + draw]
     # -1, the last row of all, is the null block.
-    rows[torch.arange(3) >= number[:, None]] = -1
-    blocks = F.pad(rows, (0, 1), value=-1).gather(1, torch.rand(count, 4, generator=generator).argsort(dim=1))
+    rows[torch.arange(rows.shape[1]) >= number[:, None]] = -1
+    blocks = F.pad(rows, (0, 4 - rows.shape[1]), value=-1).gather(
+        1, torch.rand(count, 4, generator=generator).argsort(dim=1)
+    )
     images = torch.cat([pixels, null_block(*pixels.shape[1:])[None]])[blocks].unflatten(1, (2, 2))
     label_of_block = torch.cat([labels, torch.tensor([-1])])[blocks]
     evidence = label_of_block.to(torch.int16).unflatten(1, (2, 2))
@@ -349,8 +349,7 @@ def plant_images(
         "train" and "test".
 
     Raises:
-        ValueError: a set that needs more than these images, images below 4x4 pixels, or less than three classes for
-            `several`.
+        ValueError: a set that needs more than these images, or images below 4x4 pixels.
     """
     planted = plant_splits(name, {split: _pixels_of(rows) for split, rows in images.items()}, seed=seed)
     return {

@@ -32,6 +32,10 @@ _CLASSES_BY_K, _IMAGES_BY_K = 10, 4
 # Side in pixels of the pictures of training images; the page has up to 80 of them.
 _SMALL = 96
 _NOTHING = "no prediction"
+_NO_SALIENCY = (
+    "Not shown: this section explains the one class of an image. recipes/draw_several.py draws the map of each label "
+    "of the planted set several."
+)
 
 
 def write_training_report(
@@ -48,7 +52,8 @@ def write_training_report(
     Args:
         path: of the file.
         trainer: after training; its data sets are `DecodedImages`.
-        predicted: int64 (n,), the class predicted for each test image; -1 where there is none.
+        predicted: int64 (n,), the class predicted for each test image, -1 where there is none; or of several labels
+            (n, classes), see `prediction.predicted`.
         faithfulness: of the test images, one for each convention; empty where it was not measured.
         facts: what the first table says of the run.
         with_saliency: whether saliency and deletion are shown.
@@ -56,15 +61,21 @@ def write_training_report(
     names, labels = trainer.train_dataset.label_names, trainer.eval_dataset.labels
     sections: dict[str, Callable[[], str]] = {
         "The run": lambda: pairs(facts),
-        "Accuracy by class": lambda: accuracy_table(labels, predicted, names),
-        "Confusion matrix": lambda: confusion(confusion_matrix(labels, predicted, len(names)), names),
     }
+    is_multi_label = trainer.eval_dataset.is_multi_label
+    if is_multi_label:
+        sections["Labels"] = lambda: label_table(labels, predicted, names)
+    else:
+        sections["Accuracy by class"] = lambda: accuracy_table(labels, predicted, names)
+        sections["Confusion matrix"] = lambda: confusion(confusion_matrix(labels, predicted, len(names)), names)
     budget = trainer.mask_budget
     if budget is not None and trainer.args.method == "smoot":
         sections["K over the epochs"] = lambda: budget_curve(Path(trainer.args.output_dir))
         sections["The least and the most masked training images"] = lambda: extreme_images(trainer)
     if with_saliency:
-        sections["Saliency of test images"] = lambda: saliency(trainer, predicted)
+        sections["Saliency of test images"] = lambda: (
+            paragraphs([_NO_SALIENCY]) if is_multi_label else saliency(trainer, predicted)
+        )
         sections["Deletion"] = lambda: deletion_curves(faithfulness)
     made = {heading: _made(heading, make) for heading, make in sections.items()}
     write_page(path, f"{facts['method']} on {facts['data']}", made)
@@ -101,6 +112,28 @@ def accuracy_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[st
     left_out = len(order) - len(lines)
     note = [f"{left_out} classes of higher accuracy are left out."] if left_out else []
     return html_table(heads, {"Lowest accuracy first": lines}) + paragraphs(note)
+
+
+def label_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> str:
+    """Of several labels: how many test images have each, in how many it is found, and how often it is found rightly.
+
+    Args:
+        labels: (n, classes) of 0 and 1.
+        predicted: (n, classes): 1 for a label that is predicted.
+        names: of the classes.
+    """
+    has_label, is_found = labels > 0, predicted == 1
+    total, found, hits = (values.sum(axis=0) for values in (has_label, is_found, has_label & is_found))
+    order = sorted(np.flatnonzero(total).tolist(), key=lambda c: hits[c] / total[c])[:_MOST_CLASSES]
+    lines = [[names[c], str(total[c]), _of(hits[c], total[c]), _of(hits[c], found[c])] for c in order]
+    heads = ["Label", "Test images", "Found in them (recall)", "Right where found (precision)"]
+    left_out = int((total > 0).sum()) - len(lines)
+    note = [f"{left_out} labels that are found more often are left out."] if left_out else []
+    return html_table(heads, {"Least often found first": lines}) + paragraphs(note)
+
+
+def _of(count: int, total: int) -> str:
+    return f"{100 * count / total:.1f} % ({count} of {total})" if total else "–"
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> str:
@@ -220,10 +253,11 @@ def deletion_curves(faithfulness: Sequence[Faithfulness]) -> str:
     """
     if not faithfulness:
         raise ValueError("the saliency could not be measured")
+    is_accuracy = faithfulness[0].convention.measure == "accuracy"
+    value = "share of {} test images still classified correctly" if is_accuracy else "value of {} test images"
     caption = (
-        f"The share of {faithfulness[0].n} test images still classified correctly after their most salient positions "
-        "were replaced. The lower the curve is below the dashed one, positions in random order, the better the "
-        "saliency points at what the model uses."
+        f"The {value.format(faithfulness[0].n)} after their most salient positions were replaced. The lower the curve "
+        "is below the dashed one, positions in random order, the better the saliency points at what the model uses."
     )
     panels = {found.convention: {"this model": {0: found}} for found in faithfulness}
     sides = zip(("Left", "Right"), faithfulness, strict=True)
