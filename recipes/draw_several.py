@@ -6,8 +6,8 @@ Time: seconds. The folders are those of runs of train_several_digits.py; each ru
 record says which images they were trained on; --dataset names them where they have moved.
 
 Above each map stands its label, and the block of that digit is outlined; below it the share of its 10 % most salient
-pixels that lie in that block. All maps that a model makes of an image are drawn to one scale, the largest value among
-them. The images are the first test images with --digits digits whose labels all models predict, and no others.
+pixels that lie in that block. Each map is drawn as a share of its own maximum. The images are the first test images
+with --digits digits whose labels all models predict, and no others.
 """
 
 import argparse
@@ -109,25 +109,28 @@ def draw(models: dict[str, Checkpoint], images: Any, rows: Sequence[int], path: 
     widths = [1.0] + ([0.18] + [1.0] * labels) * len(maps)
     side = WIDTH / sum(widths)
     figure = Figure(figsize=(WIDTH, (side + 0.36) * len(rows) + 0.5))
-    grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths, wspace=0.06, hspace=0.42)
+    grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths, wspace=0.06, hspace=0.36)
     for place, row in enumerate(rows):
         axes = figure.add_subplot(grid[place, 0])
         axes.imshow(images[row]["pixel_values"].permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])
+        axes.set_title("image", fontsize=11, pad=3)
         for group, of_rows in enumerate(maps.values()):
-            largest = max(float(one.saliency.max()) for one in of_rows[place]) or 1.0
             for number, one in enumerate(of_rows[place]):
                 axes = figure.add_subplot(grid[place, 2 + group * (labels + 1) + number])
-                _show(axes, one, largest)
+                _show(axes, one)
     for group, name in enumerate(maps):
         left, right = (figure.axes[1 + group * labels + number].get_position() for number in (0, labels - 1))
         text = f"{figure_text(name, _LONGEST_NAME)}: map of each label"
         top = left.y1 + 0.32 / figure.get_size_inches()[1]
         figure.text((left.x0 + right.x1) / 2, top, text, ha="center", va="bottom", fontsize=11)
+    note = "percent: how much of the 10 % most salient pixels lies in the outlined block of the label's own digit"
+    figure.text(0.5, figure.axes[-1].get_position().y0 - 0.3 / figure.get_size_inches()[1], note, ha="center", va="top")
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
-def _show(axes: Any, one: LabelMap, largest: float) -> None:
+def _show(axes: Any, one: LabelMap) -> None:
+    largest = float(one.saliency.max()) or 1.0
     axes.imshow(one.saliency / largest, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
     rows, columns = one.evidence.nonzero().unbind(dim=1)
     corner, height, width = (

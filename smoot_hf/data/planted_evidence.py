@@ -270,9 +270,8 @@ def plant_several(pixels: Tensor, labels: Tensor, *, classes: int, seed: int) ->
     rows = labels.argsort(stable=True)[(sizes.cumsum(0) - sizes)[chosen] + draw]
     # -1, the last row of all, is the null block.
     rows[torch.arange(rows.shape[1]) >= number[:, None]] = -1
-    blocks = F.pad(rows, (0, 4 - rows.shape[1]), value=-1).gather(
-        1, torch.rand(count, 4, generator=generator).argsort(dim=1)
-    )
+    order = torch.rand(count, 4, generator=generator).argsort(dim=1)
+    blocks = F.pad(rows, (0, 4 - rows.shape[1]), value=-1).gather(1, order)
     images = torch.cat([pixels, null_block(*pixels.shape[1:])[None]])[blocks].unflatten(1, (2, 2))
     label_of_block = torch.cat([labels, torch.tensor([-1])])[blocks]
     evidence = label_of_block.to(torch.int16).unflatten(1, (2, 2))

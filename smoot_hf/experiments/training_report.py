@@ -32,10 +32,6 @@ _CLASSES_BY_K, _IMAGES_BY_K = 10, 4
 # Side in pixels of the pictures of training images; the page has up to 80 of them.
 _SMALL = 96
 _NOTHING = "no prediction"
-_NO_SALIENCY = (
-    "Not shown: this section explains the one class of an image. recipes/draw_several.py draws the map of each label "
-    "of the planted set several."
-)
 
 
 def write_training_report(
@@ -62,8 +58,7 @@ def write_training_report(
     sections: dict[str, Callable[[], str]] = {
         "The run": lambda: pairs(facts),
     }
-    is_multi_label = trainer.eval_dataset.is_multi_label
-    if is_multi_label:
+    if trainer.eval_dataset.is_multi_label:
         sections["Labels"] = lambda: label_table(labels, predicted, names)
     else:
         sections["Accuracy by class"] = lambda: accuracy_table(labels, predicted, names)
@@ -73,9 +68,7 @@ def write_training_report(
         sections["K over the epochs"] = lambda: budget_curve(Path(trainer.args.output_dir))
         sections["The least and the most masked training images"] = lambda: extreme_images(trainer)
     if with_saliency:
-        sections["Saliency of test images"] = lambda: (
-            paragraphs([_NO_SALIENCY]) if is_multi_label else saliency(trainer, predicted)
-        )
+        sections["Saliency of test images"] = lambda: saliency(trainer, predicted)
         sections["Deletion"] = lambda: deletion_curves(faithfulness)
     made = {heading: _made(heading, make) for heading, make in sections.items()}
     write_page(path, f"{facts['method']} on {facts['data']}", made)
@@ -253,11 +246,10 @@ def deletion_curves(faithfulness: Sequence[Faithfulness]) -> str:
     """
     if not faithfulness:
         raise ValueError("the saliency could not be measured")
-    is_accuracy = faithfulness[0].convention.measure == "accuracy"
-    value = "share of {} test images still classified correctly" if is_accuracy else "value of {} test images"
     caption = (
-        f"The {value.format(faithfulness[0].n)} after their most salient positions were replaced. The lower the curve "
-        "is below the dashed one, positions in random order, the better the saliency points at what the model uses."
+        f"The share of {faithfulness[0].n} test images still classified correctly after their most salient positions "
+        "were replaced. The lower the curve is below the dashed one, positions in random order, the better the "
+        "saliency points at what the model uses."
     )
     panels = {found.convention: {"this model": {0: found}} for found in faithfulness}
     sides = zip(("Left", "Right"), faithfulness, strict=True)

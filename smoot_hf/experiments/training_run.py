@@ -319,6 +319,10 @@ def publish(
     card: dict[str, Any] = {"dataset": recipe.data_name}
     if trainer.is_world_process_zero():
         by_cell: list[Faithfulness] = []
+        if trainer.eval_dataset.is_multi_label:
+            # Card and report explain the one class of an image.
+            recipe = replace(recipe, card_samples=0)
+            logger.warning("of several labels the card shows no saliency: see recipes/draw_several.py")
         try:
             card["faithfulness"] = by_cell = measure(trainer, args, recipe)
             card["localisation"] = localise(trainer, args, recipe)

@@ -68,7 +68,7 @@ def run(recipe, *argv):
 
 def test_there_is_a_recipe_for_every_data_set():
     """Fault: the tests below find nothing to test."""
-    assert NAMES == ["cifar10", "cifar100", "digits", "fashion_mnist", "mnist", "photos"]
+    assert NAMES == ["cifar10", "cifar100", "digits", "fashion_mnist", "mnist", "photos", "several_digits"]
     assert sorted(RECIPES) == sorted([*NAMES, "digits-block"])
 
 
