@@ -222,7 +222,7 @@ def _explained(trainer: SmootTrainer, row: int) -> str:
     checkpoint = Checkpoint(trainer.model, trainer.input_pipeline)  # type: ignore[arg-type]  # every recipe has one
     overlay = explain_photograph(checkpoint, torch.as_tensor(test["pixel_values"]), ["gradient"])
     name = trainer.train_dataset.label_names[int(test["labels"])]
-    heat = (255 * heat_over(overlay.picture, overlay.maps["gradient"])).round().astype(np.uint8)
+    heat = (255 * heat_over(overlay.picture, overlay.maps[0].values)).round().astype(np.uint8)
     said = ", ".join(f"{escaped(label)} ({100 * share:.0f}&nbsp;%)" for label, share in overlay.predictions[:3])
     pictures = "".join(
         picture_html(_limited(picture), description)
