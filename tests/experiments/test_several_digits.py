@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from statistics import fmean, stdev
 
 import datasets
 import matplotlib.pyplot as plt
@@ -15,7 +16,17 @@ from transformers import AutoModelForImageClassification, EvalPrediction
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from smoot_hf.data import InputPipeline, PlantedImages, planted_digits
-from smoot_hf.experiments import campaign_images, campaign_run, compare, label_maps, prediction, train, training_report
+from smoot_hf.experiments import (
+    campaign_images,
+    campaign_queue,
+    campaign_run,
+    campaign_summary,
+    compare,
+    label_maps,
+    prediction,
+    train,
+    training_report,
+)
 from smoot_hf.experiments.recipes import RECIPES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -186,6 +197,25 @@ def test_a_campaign_refuses_what_is_of_one_label(plan, message):
     data = {"planted": "several", "gap_samples": 0}
     with pytest.raises(ValueError, match=message):
         campaign_run.Plan("x", 0, **{"data": data, **plan}).controls()
+
+
+def test_the_page_says_what_the_committed_runs_say():
+    """Fault: numbers that no run has given, or that are of other runs."""
+    page = (FOLDER.parent / "docs/several-labels.md").read_text("utf-8")
+    results = campaign_queue.read_export(FOLDER / "campaigns/results/several-digits.jsonl")
+    runs = campaign_summary.group(results)
+    methods = ("standard", "sgt", "recommended")
+    assert {name: sorted(runs[name]) for name in methods} == dict.fromkeys(methods, list(range(len(results) // 3)))
+    assert f"n = {len(results) // 3}" in page
+    parts = [f"{part}_{kind}" for kind in ("0.1", "mass") for part in label_maps.PARTS]
+    for measure in (*parts, "mean_average_precision", "accuracy"):
+        values = {name: campaign_summary.values_of(runs[name], measure) for name in methods}
+        cells = [f"{fmean(found.values()):.1f} ± {stdev(found.values()):.1f}" for found in values.values()]
+        assert f"| {' | '.join(cells)} |" in page, measure
+        pairs = (("sgt", "standard"), ("recommended", "standard"), ("recommended", "sgt"))
+        found = [campaign_summary.paired(values[one], values[other]) for one, other in pairs]
+        cells = [f"{p.mean:+.1f} ± {p.std:.1f} ({p.interval[0]:+.1f} to {p.interval[1]:+.1f})" for p in found]
+        assert f"| {' | '.join(cells)} |" in page, measure
 
 
 def test_the_splits_show_different_digits():
