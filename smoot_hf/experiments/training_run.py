@@ -319,10 +319,6 @@ def publish(
     card: dict[str, Any] = {"dataset": recipe.data_name}
     if trainer.is_world_process_zero():
         by_cell: list[Faithfulness] = []
-        if trainer.eval_dataset.is_multi_label:
-            # Card and report explain the one class of an image.
-            recipe = replace(recipe, card_samples=0)
-            logger.warning("of several labels the card shows no saliency: see recipes/draw_several.py")
         try:
             card["faithfulness"] = by_cell = measure(trainer, args, recipe)
             card["localisation"] = localise(trainer, args, recipe)
@@ -367,7 +363,13 @@ def write_report(
         from .training_report import write_training_report
 
         write_training_report(
-            path, trainer, predicted, faithfulness, facts=facts, with_saliency=bool(recipe.card_samples)
+            path,
+            trainer,
+            predicted,
+            faithfulness,
+            facts=facts,
+            # These sections explain the one class of an image; the card shows the saliency of several labels.
+            with_saliency=bool(recipe.card_samples) and not trainer.eval_dataset.is_multi_label,
         )
     except Exception as error:  # whatever it is, the model and its push come first
         logger.warning(f"{path} is not written: {first_line(error)}")
