@@ -83,12 +83,12 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Split to evaluate on (default: the first of test, validation, valid, val with labels)."},
     )
-    planted: Literal["plain", "block", "block-fixed", "decoy"] = field(
+    planted: Literal["plain", "block", "block-fixed", "decoy", "several"] = field(
         default="plain",
         metadata={
             "help": "Plant evidence whose place is known, for small images: each above or below a block that says "
-            "nothing (block), always above it (block-fixed), or with a corner patch that leaks the label in training "
-            "(decoy). plain: do not."
+            "nothing (block), always above it (block-fixed), with a corner patch that leaks the label in training "
+            "(decoy), or up to three in one image of several labels (several). plain: do not."
         },
     )
     max_train_samples: int | None = field(

@@ -48,6 +48,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
     # Each digit above or below a block that says nothing: it is known where a map should point.
     "digits-block": {**_DIGITS, "planted": "block", "signed_saliency": False},
+    # Up to three digits in one image, with a label for each.
+    "several_digits": {
+        "dataset": "digits",
+        "model": "cnn",
+        "planted": "several",
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 15,
+        "per_device_train_batch_size": 32,
+        "rounding": "trunc",
+    },
     "mnist": _MNIST,
     "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},
     "cifar10": _CIFAR10,
