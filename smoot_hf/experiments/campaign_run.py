@@ -22,10 +22,11 @@ from transformers import set_seed
 from .. import functional as SF
 from ..evaluation.diff_roar import diff_roar
 from ..models import PaperCnnConfig, PaperCnnForImageClassification
+from ..models.logits import MULTI_LABEL
 from ..training import MaskBudget, SmootSettings, SmootTrainingArguments, masked_step
 from ..training.allocator import freed_memory_kept
 from ..training.clean_pass import CleanPass, shared_pass
-from ..training.problem import MULTI_LABEL_TYPE, problem_of
+from ..training.problem import problem_of
 from .campaign_images import Data, Splits, make_splits
 from .campaign_scores import judge, measure_briefly
 from .small_cnn import SmallCnn
@@ -201,7 +202,7 @@ def make_network(network: str, splits: Splits) -> nn.Module:
     model: nn.Module
     if network == "paper":
         config = PaperCnnConfig(image_size=[height, width], num_channels=channels, num_labels=classes)
-        config.problem_type = MULTI_LABEL_TYPE if several else None
+        config.problem_type = MULTI_LABEL if several else None
         model = PaperCnnForImageClassification(config)
     elif network == "small":
         model = SmallCnn(splits.train.image_shape, classes)

@@ -25,10 +25,10 @@ from ..evaluation.ranked_batches import evenly_spread
 from ..fingerprint import hub_revision
 from ..functional.removal import Fill
 from ..models.classifier import load_image_processor, load_model, load_pretrained_processor
+from ..models.logits import MULTI_LABEL, is_multi_label
 from ..training import SmootTrainer, SmootTrainingArguments
 from ..training.checkpoint_folder import RunIdentity, find_damage, newest_whole_checkpoint, refuse_other_runs
 from ..training.checkpoints import no_checkpoint
-from ..training.problem import MULTI_LABEL_TYPE
 from . import prediction
 from .arguments import make_parser, parse
 from .flags import RecipeArguments
@@ -130,7 +130,7 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
         patch_size=recipe.patch_size,
     )
     if train.is_multi_label:
-        model.config.problem_type = MULTI_LABEL_TYPE
+        model.config.problem_type = MULTI_LABEL
     if is_from_scratch(recipe):
         processor = load_image_processor(
             recipe.model,
@@ -164,7 +164,7 @@ def _make_mixing(recipe: RecipeArguments, model: Any) -> Mixing | None:
         if recipe.random_erasing:
             raise ValueError(f"random_erasing={recipe.random_erasing} goes with mixup or cutmix: set one of them")
         return None
-    return Mixing(model.config.num_labels, recipe.mixup, recipe.cutmix, recipe.random_erasing)
+    return Mixing(model.config.num_labels, recipe.mixup, recipe.cutmix, recipe.random_erasing, is_multi_label(model))
 
 
 def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:
