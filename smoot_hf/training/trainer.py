@@ -251,7 +251,8 @@ class SmootMixin(IndexingTrainer):
             images = self.input_pipeline.prepare_training(inputs["pixel_values"], inputs[SAMPLE_IDX], epoch)
         else:
             raise ValueError(_NO_INDEX)
-        return {**inputs, "pixel_values": images}
+        # DeepSpeed's engine holds the weights themselves in bf16, and the Trainer casts what they are to take.
+        return {**inputs, "pixel_values": self._prepare_input(images)}
 
     def compute_loss(
         self,
