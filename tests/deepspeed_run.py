@@ -99,7 +99,11 @@ def refusals(folder, alone):
         "clipping": (sgt, {name: value for name, value in configuration(2).items() if name != "gradient_clipping"}),
     }
     found = {name: said(settings, folder / "refused", config) for name, (settings, config) in changes.items()}
-    return found | {"of one process": said(RUNS["adamw"], Path(alone).parent, configuration(2), alone)}
+    of_zero_2, place = str(folder / "adamw-2" / "checkpoint-4"), folder / "adamw-2"
+    return found | {
+        "of one process": said(RUNS["adamw"], Path(alone).parent, configuration(2), alone),
+        "of ZeRO 2": said(at_stage(RUNS["adamw"], 3), place, configuration(3), of_zero_2),
+    }
 
 
 def main(folder, alone):

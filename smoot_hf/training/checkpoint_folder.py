@@ -177,6 +177,24 @@ def _find_damage_of_deepspeed(folder: str | os.PathLike[str], names: Collection[
     return None if damaged is None else f"{tag}/{damaged} is damaged: it cannot be read to its end"
 
 
+def describe_engine_of(folder: str | os.PathLike[str]) -> str | None:
+    """By which ZeRO and how many processes a whole checkpoint was written; `None` where it is not DeepSpeed's."""
+    path = os.path.join(folder, DEEPSPEED_LATEST_NAME)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        files = os.listdir(os.path.join(folder, file.read()))
+    return describe_engine(
+        sum(name.endswith("_optim_states.pt") for name in files),
+        any(name.startswith("zero_pp_rank") and name.endswith("_model_states.pt") for name in files),
+    )
+
+
+def describe_engine(processes: int, shards_weights: bool) -> str:
+    """What two trainings by DeepSpeed must share for one to take up the other's checkpoints; ZeRO 1 and 2 do."""
+    return f"{'ZeRO 3' if shards_weights else 'ZeRO 1 or 2'} with a world size of {processes}"
+
+
 def _can_be_read(path: str) -> bool:
     """Whether a file that the Trainer writes has its end; true of any other file."""
     name = os.path.basename(path)

@@ -17,12 +17,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from ..errors import writing
 from ..fingerprint import dataset_fingerprint
 from .checkpoint_folder import (
-    DEEPSPEED_LATEST_NAME,
     FSDP_OPTIMIZER_NAME,
     FSDP_WEIGHTS_NAME,
     RUN_IDENTITY_NAME,
     RunIdentity,
     begin_checkpoint,
+    describe_engine,
+    describe_engine_of,
     describe_model,
     find_damage,
     newest_whole_checkpoint,
@@ -115,17 +116,26 @@ class CheckpointTrainer(Trainer):
 
     def _require_same_engine(self, checkpoint: str) -> None:
         """Refuse a checkpoint whose weights and optimizer were written by another engine than is to read them."""
+        is_of_fsdp, deepspeed = (
+            os.path.isfile(os.path.join(checkpoint, FSDP_WEIGHTS_NAME)),
+            describe_engine_of(checkpoint),
+        )
         engines = {
-            "FSDP": (os.path.isfile(os.path.join(checkpoint, FSDP_WEIGHTS_NAME)), self.is_fsdp_enabled),
-            "DeepSpeed": (os.path.isfile(os.path.join(checkpoint, DEEPSPEED_LATEST_NAME)), self.is_deepspeed_enabled),
+            "FSDP": (is_of_fsdp, self.is_fsdp_enabled),
+            "DeepSpeed": (deepspeed is not None, self.is_deepspeed_enabled),
         }
+        remedy = "resume as it was begun, or begin a new training with its weights, by from_pretrained"
         for engine, (is_there, is_here) in engines.items():
             if is_there != is_here:
                 there, here = ("with", "without") if is_there else ("without", "with")
                 raise ValueError(
-                    f"{checkpoint} was written {there} {engine}, and this training runs {here} it: resume as it was "
-                    "begun, or begin a new training with its weights, by from_pretrained"
+                    f"{checkpoint} was written {there} {engine}, and this training runs {here} it: {remedy}"
                 )
+        if self.is_deepspeed_enabled:
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage
+            own = describe_engine(self.accelerator.num_processes, shards_weights=stage == 3)
+            if deepspeed != own:
+                raise ValueError(f"{checkpoint} was written by {deepspeed}, and this training runs {own}: {remedy}")
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""

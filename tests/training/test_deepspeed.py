@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsdp_run
 import pytest
@@ -16,6 +17,7 @@ from conftest import largest_difference, mean_difference
 from deepspeed_run import BF16, RUNS
 
 from smoot_hf.training.checkpoint_folder import find_damage
+from smoot_hf.training.checkpoints import CheckpointTrainer
 
 HERE = Path(__file__).parents[1]
 STAGES = (1, 2, 3)
@@ -140,6 +142,10 @@ def test_how_gradients_are_sent_changes_nothing(stage, alone, together):
         ("optimizer", "DeepSpeed with optimizer is refused"),
         ("clipping", r"max_grad_norm=1\.0, but DeepSpeed would clip by its own 'gradient_clipping', 0.*'auto'"),
         ("of one process", "was written without DeepSpeed, and this training runs with it: resume as it was begun"),
+        (
+            "of ZeRO 2",
+            "written by ZeRO 1 or 2 with a world size of 2, and this training runs ZeRO 3 with .* of 2: resume",
+        ),
     ],
 )
 def test_the_rest_is_refused_by_name(what, message, together):
@@ -152,6 +158,16 @@ def test_a_checkpoint_of_deepspeed_is_refused_without_it(together, tmp_path):
     trainer = fsdp_run.make_trainer("adamw", tmp_path / "adamw", 1)
     with pytest.raises(ValueError, match="was written with DeepSpeed, and this training runs without it"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "adamw" / "checkpoint-4"))
+
+
+def test_a_checkpoint_of_more_processes_is_refused(together):
+    """Catches an optimizer of which a part is left behind."""
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    accelerator = SimpleNamespace(num_processes=1, state=state)
+    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=True, accelerator=accelerator)
+    for stage, message in ((2, "ZeRO 1 or 2 with .* of 2, and .* runs ZeRO 1 or 2 with .* of 1"), (3, "ZeRO 3 with")):
+        with pytest.raises(ValueError, match=f"was written by {message}"):
+            CheckpointTrainer._require_same_engine(trainer, str(together["folder"] / f"adamw-{stage}" / "checkpoint-4"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
