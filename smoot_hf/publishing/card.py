@@ -34,7 +34,7 @@ from ..fingerprint import dataset_fingerprint, hub_revision
 from ..functional.perturbation import has_prediction
 from ..markup import markdown_code, markdown_link, markdown_text, one_line
 from ..models.logits import LogitsModel, is_multi_label
-from ..models.state import untouched
+from ..models.state import is_run_together, untouched
 from .figures import draw_budget, draw_curves, draw_saliency
 from .files import FIGURE_NAMES, FIGURES
 from .metadata import COLUMNS, LOCALISATION, metadata
@@ -276,8 +276,8 @@ def _draw(budget: Any, faithfulness: Sequence[Faithfulness], examples: Examples 
 def _examples(trainer: Any) -> Examples | None:
     """Some evaluation images, spread evenly over the set; `None`, with a warning, where none can be had."""
     why = _no_examples(trainer.eval_dataset)
-    if trainer.is_fsdp_enabled:
-        why = "one process alone cannot run a model of FSDP"
+    if is_run_together(trainer):
+        why = "one process alone cannot run a sharded model"
     if why is None:
         try:
             return _explained_images(trainer)

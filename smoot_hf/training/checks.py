@@ -48,7 +48,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
     Raises:
         ValueError: naming what is refused, the reason, and what to do instead.
     """
-    refuse_model_parallelism(trainer.model, trainer.accelerator.parallelism_config, trainer.is_fsdp_enabled)
+    is_sharded_here = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    refuse_model_parallelism(trainer.model, trainer.accelerator.parallelism_config, is_sharded_here)
     _refuse_model(trainer)
     _refuse_forward(trainer.model)
     _refuse_precision(trainer.accelerator)
@@ -63,7 +64,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
         _refuse_graphs_of_shares(trainer)
 
 
-def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = False) -> None:
+def refuse_model_parallelism(model: Any, config: Any, is_sharded_here: bool = False) -> None:
     """Raise where one sample is shared by several processes, or a parameter is, whatever made it so.
 
     The loss is multiplied by the number of processes, each of which must see samples of its own and the whole model.
@@ -71,7 +72,7 @@ def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = Fa
     Args:
         model: `None` where it is not built yet.
         config: `ParallelismConfig` of accelerate, or `None`.
-        is_fsdp_enabled: the Trainer has sharded the parameters itself, over samples of their own.
+        is_sharded_here: the Trainer has sharded the parameters itself, over samples of their own.
 
     Raises:
         ValueError: naming what is shared.
@@ -82,7 +83,7 @@ def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = Fa
         found.append(f"model.tp_size={tp_size}")
     if getattr(model, "is_distributed_loading_by_transformers", False):
         found.append("a model loaded with a distributed_config")
-    if model is not None and not is_fsdp_enabled and (name := _first_sharded_parameter(model)):
+    if model is not None and not is_sharded_here and (name := _first_sharded_parameter(model)):
         found.append(f"the DTensor parameter {name}")
     if found:
         raise ValueError(
@@ -350,6 +351,62 @@ def _refuse_fsdp(trainer: Trainer) -> None:
         raise ValueError(f"FSDP with {found} is refused: the two have not been shown to be exact together. {_DDP}")
 
 
+# What a configuration of DeepSpeed may hold: what the tests of the engine set, and what leaves the numbers alone.
+_DEEPSPEED_KEYS = {
+    *("zero_optimization", "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"),
+    *("gradient_clipping", "bf16", "fp16", "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown"),
+}
+_ZERO_KEYS = {
+    *("stage", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size"),
+    *("contiguous_gradients", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
+}
+
+
+def _refuse_deepspeed(trainer: Trainer) -> None:
+    """Raise for every way of DeepSpeed but those that have been tried: ZeRO 1, 2 and 3, in float32 and bf16."""
+    args, plugin = trainer.args, trainer.accelerator.state.deepspeed_plugin
+    config: dict[str, Any] = plugin.deepspeed_config
+    zero: dict[str, Any] = config.get("zero_optimization", {})
+    stage = plugin.zero_stage
+    if stage not in (1, 2, 3):
+        raise ValueError(f"DeepSpeed with ZeRO stage {stage} is refused: it shards nothing. {_DDP}")
+    if stage == 3 and args.saliency_pass != "eval":
+        raise ValueError(
+            f"DeepSpeed with ZeRO stage 3 is refused with saliency_pass={args.saliency_pass!r}: the engine fails at a "
+            "second backward pass through the clean view. Set saliency_pass='eval', or ZeRO stage 2"
+        )
+    if stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "DeepSpeed with ZeRO stage 3 is refused without 'stage3_gather_16bit_weights_on_model_save': true in "
+            "'zero_optimization': save_model would write no weights"
+        )
+    clipping = config.get("gradient_clipping") or 0
+    if clipping != args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm={args.max_grad_norm}, but DeepSpeed would clip by its own 'gradient_clipping', "
+            f"{clipping}: set it to 'auto' in the configuration of DeepSpeed"
+        )
+    untried = {
+        "torch_compile": args.torch_compile,
+        # Processes would make passes as often as they have chosen samples, and wait for each other.
+        "masked_share below 1": args.masked_share < 1,
+        "fp16": _is_on(config.get("fp16")),
+        **{name: _is_on(config[name]) for name in config.keys() - _DEEPSPEED_KEYS},
+        **{name: _is_on(zero[name]) for name in zero.keys() - _ZERO_KEYS},
+    }
+    found = next((name for name, is_asked in untried.items() if is_asked), None)
+    if found is not None:
+        raise ValueError(f"DeepSpeed with {found} is refused: the two have not been shown to be exact together. {_DDP}")
+
+
+def _is_on(setting: Any) -> bool:
+    """Whether a part of a configuration of DeepSpeed asks for anything."""
+    if not isinstance(setting, dict) or not setting:
+        return bool(setting)
+    return bool(setting["enabled"]) if "enabled" in setting else setting.get("device", "asked") not in (None, "none")
+
+
 def _refuse_parallelism(trainer: Trainer) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     if args.n_gpu > 1:
@@ -360,7 +417,7 @@ def _refuse_parallelism(trainer: Trainer) -> None:
     if getattr(trainer, "is_fsdp_enabled", False) or args.fsdp:
         _refuse_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
-        raise ValueError(f"DeepSpeed is refused: its engine has not been shown to give exact gradients here. {_DDP}")
+        _refuse_deepspeed(trainer)
     if getattr(args, "ddp_static_graph", None):
         raise ValueError(
             "ddp_static_graph=True is refused: with the saliency's backward pass the gradients come out wrong. "

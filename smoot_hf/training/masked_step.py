@@ -13,7 +13,15 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .. import functional as SF
 from ..models.state import is_sharded
 from .clean_pass import CleanPass, forward, loss_pass, shared_pass, without_image_gradient
-from .masked_share import Batch, in_masked_share, inside_ddp, put_in_place, random_state, uses_batch_statistics
+from .masked_share import (
+    Batch,
+    in_masked_share,
+    inside_ddp,
+    inside_engine,
+    put_in_place,
+    random_state,
+    uses_batch_statistics,
+)
 from .problem import Problem, problem_of
 from .settings import SmootSettings
 
@@ -90,7 +98,7 @@ def masked_step(
             (`loss_pass`), except for several labels: only the sum or mean of `ce` has a gradient then. Either way
             `outputs` cannot be used in a loss; where that is wanted, leave `weights` away. Without effect where a
             weight has a gradient hook (`Tensor.register_hook`), which is called once, with the whole gradient, and
-            where FSDP 2 has sharded one.
+            where FSDP 2 or ZeRO 3 has sharded one.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
         is_chosen: bool (B,) on the CPU, from `in_masked_share` of a `sample_idx` on the CPU; by default it is computed
             from `sample_idx`, for which the host waits where that is on a GPU.
@@ -105,7 +113,7 @@ def masked_step(
             the whole batch cannot be repeated for the share.
     """
     # A hook on a weight would change the clean view's gradient on its own, and then the sum of both views' once more.
-    # And FSDP computes with weights that it gathers for each pass: those named here, its shards, are in no graph.
+    # And FSDP and ZeRO 3 gather the weights for each pass: those named here, the shards, are in no graph.
     if weights is not None and any(weight._backward_hooks or is_sharded(weight) for weight in weights):
         weights = None
     network = model if saliency_model is None else saliency_model
@@ -115,7 +123,7 @@ def masked_step(
         in_share = in_masked_share(settings, epoch, sample_idx)
         is_chosen = None if in_share is None else in_share.cpu()
     if is_chosen is None:
-        return views.both(batch, model, model)
+        return views.both(batch, inside_engine(model), model)
     if is_chosen.shape != sample_idx.shape or is_chosen.dtype != torch.bool or is_chosen.device.type != "cpu":
         raise ValueError(
             f"is_chosen must be bool ({len(labels)},) on the CPU, one flag per sample, got {is_chosen.dtype} "

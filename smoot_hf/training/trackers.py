@@ -19,7 +19,7 @@ from ..evaluation.attributions import attribute
 from ..evaluation.ranked_batches import has_index
 from ..functional import multi_label_target
 from ..models.logits import LogitsModel
-from ..models.state import model_device, model_dtype, untouched
+from ..models.state import is_run_together, model_device, model_dtype, untouched
 from .mask_budget import MaskBudget
 
 
@@ -101,8 +101,8 @@ class Tracking(TrainerCallback):
             return
         pictures = {}
         dataset: Any = getattr(eval_dataloader, "dataset", None)
-        if self.trainer.is_fsdp_enabled:
-            logger.warning_once("no saliency grid for the tracker: one process alone cannot run a model of FSDP")
+        if is_run_together(self.trainer):
+            logger.warning_once("no saliency grid for the tracker: one process alone cannot run a sharded model")
         elif eval_dataloader is not None and has_index(dataset) and len(dataset):
             try:
                 pictures[_tag(metrics or {})] = self._grid(eval_dataloader)

@@ -264,7 +264,8 @@ class SmootMixin(IndexingTrainer):
                 images, inputs[name] = self.input_pipeline.mix(images, inputs[name])
         else:
             raise ValueError(_NO_INDEX)
-        return {**inputs, "pixel_values": images}
+        # DeepSpeed's engine holds the weights themselves in bf16, and the Trainer casts what they are to take.
+        return {**inputs, "pixel_values": self._prepare_input(images)}
 
     def compute_loss(
         self,
