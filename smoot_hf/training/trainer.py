@@ -27,7 +27,6 @@ from .checks import (
     check_mixed_labels,
     check_private_methods,
     refuse_evaluation_set,
-    refuse_model_parallelism,
     refuse_unsupported,
     warn_of_own_loss,
     warn_of_still_budget,
@@ -40,6 +39,7 @@ from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
 from .masked_share import in_masked_share
 from .masked_step import masked_step
+from .parallelism import refuse_model_parallelism
 from .problem import problem_of
 from .sample_index import SAMPLE_IDX, SAMPLE_ROWS
 from .sharded_mask_budget import ShardedMaskBudget

@@ -9,7 +9,7 @@ from conftest import TinyImages, build
 from datasets import IterableDataset
 
 from smoot_hf import SmootTrainer
-from smoot_hf.training import checks
+from smoot_hf.training import parallelism
 
 
 class Altered(TinyImages):
@@ -126,7 +126,7 @@ def refuse_deepspeed(config, args):
     config = {"gradient_clipping": 1.0} | config
     plugin = SimpleNamespace(deepspeed_config=config, zero_stage=config["zero_optimization"]["stage"])
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    checks._refuse_deepspeed(SimpleNamespace(args=args, accelerator=accelerator))
+    parallelism._refuse_deepspeed(SimpleNamespace(args=args, accelerator=accelerator))
 
 
 class Batches(torch.utils.data.Dataset):
