@@ -71,7 +71,7 @@ def rising_positions(key: Tensor) -> Tensor:
         # The bits of positive numbers rise with the numbers, those of negative ones fall: all but their sign turn over.
         bits = key.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[key.itemsize])
         key = torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
-    # Row by row, since torch sorts several rows at once by comparing, which takes a photograph six times as long.
+    # Row by row, since torch sorts several rows at once by comparing, which takes a photograph five times as long.
     order = torch.empty_like(key, dtype=torch.int64)
     for row, positions in zip(key, order, strict=True):
         positions.copy_(row.argsort(stable=True))
