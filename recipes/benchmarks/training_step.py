@@ -27,7 +27,8 @@ On a CPU freed memory is kept, as with `keep_freed_memory=True`; `--memory_as_fo
 GPU ms, on CUDA alone: the time between two events around a step that the processor issues while the device is still
 busy with something else. So it is the device's own time, in which the processor's is hidden, up to the thousand or so
 kernels that fit into the queue; the step of `published` waits for the device, and nothing can be hidden there. ms is
-the time on the clock of a step that begins and ends with an idle device.
+the time on the clock of a step that begins and ends with an idle device; of a single thread on a CPU it is the time of
+the processor, so that other programs on the machine do not count.
 
 MB: most memory that is alive at once in a step beyond what is there between steps (gradients included). On a CPU it is
 that of the tensors, and not known of compiled steps.
@@ -205,15 +206,19 @@ def baseline_of(way: str) -> str:
     return "smoot" if way == "masking" else "compiled standard" if way.startswith("compiled") else "standard"
 
 
+def now(device: torch.device) -> float:
+    """Seconds, the device's work included; with a single thread those that the process has had of the processor."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    is_single = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if is_single else time.perf_counter()
+
+
 def seconds(step: Step, device: torch.device) -> float:
-    """Wall-clock time of one step, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Time of one step."""
+    start = now(device)
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now(device) - start
 
 
 def gpu_seconds(step: Step) -> float:

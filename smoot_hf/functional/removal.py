@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cells import cell_sum, spread_cells
-from .masking import mean_fill, ranking_key, uniform_fill
+from .masking import mean_fill, ranking_key, rising_positions, uniform_fill
 
 Order = Literal["most_salient_first", "least_salient_first"]
 Fill = Literal["corner", "mean", "zero", "uniform", "blur"]
@@ -95,7 +95,7 @@ def removal_ranks(attribution: Tensor, order: Order = "most_salient_first", cell
     attribution = cell_sum(attribution, cell)
     # torch sorts NaN behind every number, so both orders sort upwards.
     key = ranking_key(attribution, descending=order == "most_salient_first")
-    turns = key.flatten(1).argsort(dim=1, stable=True)
+    turns = rising_positions(key.flatten(1))
     position = torch.arange(turns.shape[1], device=turns.device).expand_as(turns)
     ranks = torch.empty_like(turns).scatter_(1, turns, position).reshape(attribution.shape)
     return spread_cells(ranks, cell, image_size)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +87,26 @@ def test_every_way_of_a_step_runs_and_is_written_down(benchmarks, monkeypatch, t
     assert ways["standard"]["ratio"] == 1
     printed = capsys.readouterr().out
     assert all(f"\n  {way} " in printed for way in ways)
+
+
+def test_the_parts_of_a_step_are_all_measured(benchmarks, monkeypatch, tmp_path, capsys):
+    """Catches a part that is missing from the table or the JSON, and a step that is no longer `masked_step`."""
+    import step_parts
+
+    output = tmp_path / "parts.json"
+    monkeypatch.setattr(sys, "argv", ["step_parts.py", "--batch", "2", "--steps", "1", "--output", str(output)])
+    step_parts.main()
+    results = json.loads(output.read_text())["results"]
+    assert list(results["standard"]) == ["forward", "backward", "optimizer", "sum"]
+    masking = ["ranking", "noise", "fill"]
+    ends = ["masked forward", "backward", "optimizer", "sum"]
+    assert list(results["smoot"]) == ["clean forward", "saliency", *masking, *ends]
+    printed = capsys.readouterr().out
+    assert all(f"\n  {part} " in printed for parts in results.values() for part in parts)
+    another = SimpleNamespace(ce=torch.ones(1), kl=torch.ones(1))
+    monkeypatch.setattr(step_parts, "masked_step", lambda *_, **__: another)
+    with pytest.raises(AssertionError, match="masked_step"):
+        step_parts.make_losses("cnn", 1, torch.device("cpu"), False)
 
 
 def test_ranking_by_cells_runs_beside_pixels(benchmarks, monkeypatch, tmp_path, capsys):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoot_hf import functional as SF
+from smoot_hf.functional import masking
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 7))
 SEEDS = st.integers(0, 2**32 - 1)
@@ -62,6 +63,20 @@ def test_mask_of_special_values(dtype):
         assert mask[k, 0].tolist() == reference.least_salient_mask(values[k].tolist(), k)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32])
+def test_mask_of_a_photograph(dtype, monkeypatch):
+    """Catches a long row, which is sorted by the bits of its values, in another order than a short one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    drawn = torch.randint(len(SPECIAL), (2, 181, 182), generator=generator(1))
+    values = torch.where(drawn < 6, torch.tensor(SPECIAL)[drawn], torch.randn(drawn.shape, generator=generator(2)))
+    values = values.to(dtype) if dtype.is_floating_point else drawn.sub(5).to(dtype)
+    k = torch.tensor([12_345, 32_000])
+    mask = SF.least_salient_mask(values, k)
+    for row in (0, 1):
+        expected = reference.least_salient_mask(values[row].tolist(), int(k[row]))
+        assert torch.equal(mask[row, 0], torch.tensor(expected))
+
+
 def test_mask_with_a_budget_of_its_own_for_every_sample():
     """Catches a budget that is taken from the first sample or averaged."""
     k = torch.tensor([0, 1, 17, 35])
@@ -102,6 +117,17 @@ def test_noise_of_a_sample_is_the_same_in_every_batch():
     together = SF.counter_uniform(7, 3, torch.tensor([5, 2, 9]), (2, 4, 4))
     alone = SF.counter_uniform(7, 3, torch.tensor([2]), (2, 4, 4))
     assert torch.equal(together[1], alone[0])
+
+
+@pytest.mark.parametrize("size", [1, 60, 119, 120, 1000])
+def test_noise_does_not_depend_on_the_pieces_it_is_computed_in(size, monkeypatch):
+    """Catches a piece that is left out, or that begins at another sample: pieces of one, two and all five samples."""
+    monkeypatch.setattr(masking, "_PIECE", size)
+    rows = torch.tensor([3, 2**33, 7, 0, 5])
+    noise = SF.counter_uniform(7, 3, rows, (3, 4, 5))
+    for found, index in zip(noise, rows.tolist(), strict=True):
+        assert found.flatten().tolist() == reference.counter_uniform(7, 3, index, 60)
+    assert SF.counter_uniform(7, 3, rows[:0], (3, 4, 5)).shape == (0, 3, 4, 5)
 
 
 def test_noise_is_uniform_and_independent():
