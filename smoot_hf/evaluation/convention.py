@@ -80,9 +80,10 @@ class Convention:
             "label_probability": "mean probability of an image's labels",
         }[self.measure]
         kind = {None: "", True: "signed ", False: "magnitude of "}[self.signed]
-        is_multi_label = self.measure == "label_probability"
-        whose = f"sum of the {self.target} labels'" if is_multi_label else f"{self.target} class'"
-        of = "" if self.score is None else f" of the {whose} {self.score.replace('_', '-')}"
+        whose = f"the {self.target} class' "
+        if self.measure == "label_probability":
+            whose = "the sum of the " + ("image's labels' " if self.target == "label" else "predicted labels' ")
+        of = "" if self.score is None else f" of {whose}{self.score.replace('_', '-')}"
         cells = "" if self.cell == 1 else f"cells of {self.cell}x{self.cell} pixels, "
         area = "trapezoid" if self.normalisation == "none" else "trapezoid divided by its span"
         return (
