@@ -2,14 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+DEEPSPEED ?= .venv-deepspeed
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest lint docs bench clean
+.PHONY: help train test test-lowest test-deepspeed lint docs bench clean
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +30,12 @@ test-lowest: ## Run the tests against the lowest supported versions, in an envir
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]'
 	$(LOWEST)/bin/python -m pytest -m "not slow" -n auto --dist loadfile
 
+test-deepspeed: ## Run the tests of DeepSpeed on two processes, in an environment of its own; needs a C++ compiler
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(DEEPSPEED)/bin/uv pip install --quiet --python $(DEEPSPEED)/bin/python --editable '.[dev,deepspeed]'
+	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" python -m pytest -m slow tests/training/test_deepspeed.py
+
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +48,4 @@ bench: $(STAMP) ## Measure the cost of a training step of each method
 	$(BIN)/python recipes/benchmarks/training_step.py
 
 clean: ## Remove the environment and everything the recipes wrote
-	rm -rf $(VENV) $(LOWEST) runs site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(DEEPSPEED) runs site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from smoot_hf import InputPipeline, SmootTrainer, SmootTrainingArguments
 from smoot_hf.training import trainer as mixin
 from smoot_hf.training.masked_step import masked_step
+from smoot_hf.training.sharded_mask_budget import ShardedMaskBudget
 
 GLOBAL_BATCH = 8
 # What a run departs from: a ViT without dropout, 24 images, 2 epochs of 3 steps.
@@ -25,12 +26,21 @@ RUNS = {
     "eval_pass": {"saliency_pass": "eval"},
     "loss_pass": {"kl_gradient": "masked", "saliency_score": "log_prob", "gradient_accumulation_steps": 2},
     "sgt": {"method": "sgt"},
+    "soft_labels": {"labels": "soft", "delta_mode": "label"},
+    "several_labels": {"labels": "several", "gradient_accumulation_steps": 2},
     "stream": {"streams": True},
     "uneven_stream": {"streams": True, "length": 21},
     # Often one process has nobody of the share, or nobody else; its buffers would then be sent to nobody.
     "share": {"masked_share": 0.4, "has_buffer": True},
     "share_accumulated": {"masked_share": 0.4, "masked_every": 2, "gradient_accumulation_steps": 2, "length": 21},
     "share_loss_pass": {"masked_share": 0.4, "kl_gradient": "masked", "saliency_score": "log_prob", "augments": True},
+    # A part of K on each process; of four processes the last holds none of 5 samples.
+    "sharded": {"mask_budget_sharded": True, "save_strategy": "steps", "save_steps": 4},
+    "sharded_few": {"mask_budget_sharded": True, "length": 5},
+    "sharded_accumulated": {"mask_budget_sharded": True, "length": 21, "gradient_accumulation_steps": 2},
+    "sharded_sgt": {"mask_budget_sharded": True, "method": "sgt"},
+    "sharded_share": {"mask_budget_sharded": True, "masked_share": 0.4, "masked_every": 2, "length": 21},
+    "sharded_stream": {"mask_budget_sharded": True, "streams": True},
     "share_batchnorm": {"masked_share": 0.3, "model": "resnet"},
     "augmented": {"model": "cnn", "dropout": 0.0, "augments": True},
     "frozen_batchnorm": {"model": "resnet", "freezes": True},
@@ -92,7 +102,23 @@ class Observed(TrainerCallback):
 
     def on_step_end(self, *_, **__):
         if getattr(self.trainer, "mask_budget", None) is not None:
-            self.k.append(self.trainer.mask_budget.k)
+            self.k.append(k_of(self.trainer.mask_budget))
+
+
+def k_of(budget):
+    """K of every sample, which of a sharded budget all processes ask for together."""
+    return budget.gathered().k if isinstance(budget, ShardedMaskBudget) else budget.k
+
+
+def read_alone(budget, rank):
+    """What the last process reads of K without the others, and what it is told of the K of every sample."""
+    if not isinstance(budget, ShardedMaskBudget) or rank + 1 < torch.distributed.get_world_size():
+        return None
+    try:
+        said = budget.to_dataset()
+    except RuntimeError as error:
+        said = str(error)
+    return {"statistics": budget.statistics(), "counts": budget.histogram.tolist(), "said": said}
 
 
 def dropout_of(settings):
@@ -106,6 +132,13 @@ def train(name, folder, world_size, resume=False):
     settings = dict(RUNS[name])
     length, model = settings.pop("length", 24), build(settings.pop("model", "vit"), **dropout_of(settings))
     data, more = TinyImages(length), {}
+    kind_of_labels = settings.pop("labels", None)
+    if kind_of_labels == "soft":
+        data.labels = [[0.25, *(0.25 + 0.5 * (j == i % 3) for j in range(3))] for i in range(length)]
+        data.labels = [[weight / sum(row) for weight in row] for row in data.labels]
+    if kind_of_labels == "several":
+        model.config.problem_type = "multi_label_classification"
+        data.labels = [[float(i % 3 == j or i % 4 == j) * (i % 5 > 0) for j in range(4)] for i in range(length)]
     if settings.pop("freezes", False):
         freeze_batch_statistics(model)
     if settings.pop("has_buffer", False):
@@ -127,9 +160,12 @@ def train(name, folder, world_size, resume=False):
         trainer = kind(model, args, train_dataset=data, callbacks=[observed], **more)
         observed.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
+    budget = getattr(trainer, "mask_budget", None)
     return {
         "world_size": trainer.args.world_size,
         "k": observed.k,
+        "held": 0 if budget is None else len(budget.rows),
+        "alone": read_alone(budget, trainer.args.process_index),
         "seen": observed.seen,
         "parameters": {name: p.detach() for name, p in trainer.model.named_parameters()},
         "buffers": {name: b.detach() for name, b in trainer.model.named_buffers()},
@@ -146,12 +182,12 @@ def fsdp_refusal(folder):
         return str(error)
 
 
-def lost_budget_refusal(folder, saved, rank):
+def lost_budget_refusal(folder, saved, rank, **settings):
     """What is said where the second process finds a checkpoint without K on its disk."""
-    own = shutil.copytree(saved, Path(folder) / f"disk{rank}" / "checkpoint-4")
+    own = shutil.copytree(saved, Path(folder) / f"disk{rank}" / "checkpoint-4", dirs_exist_ok=True)
     if rank == 1:
         (own / "mask_budget.safetensors").unlink()
-    args = SmootTrainingArguments(str(Path(folder) / f"disk{rank}"), **QUICK, step_size=3000)
+    args = SmootTrainingArguments(str(Path(folder) / f"disk{rank}"), **QUICK, step_size=3000, **settings)
     try:
         SmootTrainer(build("vit"), args, train_dataset=TinyImages(24)).train(resume_from_checkpoint=str(own))
     except ValueError as error:
@@ -172,8 +208,11 @@ def other_seed(folder):
     return said
 
 
-def main(folder, saved=None, names=None):
-    """Train everything, or what `names` has; with `saved` also the rest of the run whose checkpoint that folder is."""
+def main(folder, saved=None, names=None, saved_of_others=None):
+    """Train everything, or what `names` has; with `saved` also the rest of the run whose checkpoint that folder is.
+
+    From `saved_of_others`, of another number of processes, the rest is trained with a sharded K.
+    """
     torch.use_deterministic_algorithms(True)
     args = SmootTrainingArguments(folder, use_cpu=True)
     results = {
@@ -186,8 +225,12 @@ def main(folder, saved=None, names=None):
                 shutil.copytree(saved, run / "checkpoint-4")
                 (run / "checkpoint-5").mkdir()  # torn: to be passed over by all ranks
         results["resumed"] = train("vit", run, args.world_size, resume=True)
+        results["resumed_sharded"] = train("sharded", Path(folder) / "others", args.world_size, resume=saved_of_others)
         results["other_seed"] = other_seed(run)
-        results["lost_budget"] = lost_budget_refusal(folder, saved, args.process_index)
+        results["lost_budget"] = [
+            lost_budget_refusal(folder, saved, args.process_index, mask_budget_sharded=is_sharded)
+            for is_sharded in (False, True)
+        ]
     if args.world_size > 1 and not names:
         results["fsdp"] = fsdp_refusal(folder)
     torch.save(results, f"{folder}/rank{args.process_index}.pt")

@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import QUICK, PixelImages, TinyImages, build
+from distributed_run import Rows, k_of
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +33,7 @@ RUNS = {
     "gathered": {"reshard_after_forward": False},
     "dropout": {"dropout": 0.5, "mask_ratio": 0.0, "mask_ratio_min": 0.0},
     "stream": {"streams": True},
+    "sharded_budget": {"mask_budget_sharded": True, "gradient_accumulation_steps": 2},
 }
 
 
@@ -45,29 +47,32 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def make_trainer(name, folder, world_size, config=None, **more_settings):
-    """A trainer of one of the runs, under FSDP where there are several processes."""
-    settings = RUNS[name] | more_settings
-    model = build("vit", dropout=settings.pop("dropout", 0.0))
+def parts(settings, folder, world_size):
+    """What a trainer of one of the runs is made of: model, arguments, training set, and the rest."""
+    model = build(settings.pop("model", "vit"), dropout=settings.pop("dropout", 0.0))
     data, more = TinyImages(24), {"eval_dataset": TinyImages(16)}
     if settings.pop("augments", False):
         data = PixelImages(24)
         more = {"input_pipeline": InputPipeline((0.5,) * 3, (0.25,) * 3, crop_padding=2, horizontal_flip=True, seed=1)}
     if settings.pop("streams", False):
-        from distributed_run import Rows
-
         data = Rows(data)
         settings |= {"num_train_samples": 24, "num_train_epochs": 2, "max_steps": -1}
+    share = GLOBAL_BATCH // world_size // settings.get("gradient_accumulation_steps", 1)
+    common = QUICK | {"output_dir": str(folder), "per_device_train_batch_size": share, "optim": "sgd"}
+    return model, common | {"step_size": 3000, "logging_steps": 1} | settings, data, more
+
+
+def make_trainer(name, folder, world_size, config=None, **more_settings):
+    """A trainer of one of the runs, under FSDP where there are several processes."""
+    settings = RUNS[name] | more_settings
     # Of what ViT names itself, accelerate shards the embeddings twice, and fails.
     sharding = {"version": 2, "cpu_ram_efficient_loading": False, "transformer_layer_cls_to_wrap": ["ViTLayer"]}
     if "reshard_after_forward" in settings:
         sharding["reshard_after_forward"] = settings.pop("reshard_after_forward")
-    share = GLOBAL_BATCH // world_size // settings.get("gradient_accumulation_steps", 1)
-    common = QUICK | {"output_dir": str(folder), "per_device_train_batch_size": share, "optim": "sgd"}
-    common |= {"step_size": 3000, "logging_steps": 1} | settings
+    model, arguments, data, more = parts(settings, folder, world_size)
     if world_size > 1:
-        common |= {"fsdp": True, "fsdp_config": sharding | (config or {})}
-    args = SmootTrainingArguments(**common)
+        arguments |= {"fsdp": True, "fsdp_config": sharding | (config or {})}
+    args = SmootTrainingArguments(**arguments)
     if world_size > 1:
         _ = args.device  # makes the state that is changed
         let_accelerate_shard_on_cpus()
@@ -93,7 +98,7 @@ def train(name, folder, world_size, resume=None):
     parameters = dict(trainer.model.named_parameters())
     return {
         "sharded": sum(isinstance(parameter, DTensor) for parameter in parameters.values()),
-        "k": None if trainer.mask_budget is None else trainer.mask_budget.k,
+        "k": None if trainer.mask_budget is None else k_of(trainer.mask_budget),
         "parameters": {key: whole(parameter) for key, parameter in parameters.items()},
         "logs": trainer.state.log_history,
     }

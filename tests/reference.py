@@ -58,6 +58,67 @@ def cross_entropy(logits, label, label_smoothing=0.0):
     return -(1 - label_smoothing) * log_p[label] - label_smoothing * sum(log_p) / len(log_p)
 
 
+def soft_cross_entropy(logits, weights, label_smoothing=0.0):
+    """Equation 5, first term, where the label is a distribution: the mean of the classes' cross-entropies."""
+    return sum(
+        weight * cross_entropy(logits, label, label_smoothing) for label, weight in enumerate(weights) if weight > 0
+    )
+
+
+def score_derivative(logits, weights, score):
+    """Derivative of the sum of w_j z_j, or of w_j log p_j, with respect to the logits."""
+    if score == "logit":
+        return list(weights)
+    p = softmax(logits)
+    return [sum(weight * ((1 if i == j else 0) - p[i]) for j, weight in enumerate(weights)) for i in range(len(logits))]
+
+
+def sigmoid(logit):
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+
+
+def binary_cross_entropy(logits, labels):
+    """Minus the log-likelihood of independent labels, summed over them."""
+    return -sum(
+        label * math.log(sigmoid(z)) + (1 - label) * math.log(sigmoid(-z))
+        for z, label in zip(logits, labels, strict=True)
+    )
+
+
+def bernoulli_divergence(logits, masked_logits):
+    """Equation 6 for independent labels: the sum of the divergences of each."""
+    total = 0.0
+    for z, masked in zip(logits, masked_logits, strict=True):
+        for sign in (1, -1):
+            p, q = sigmoid(sign * z), sigmoid(sign * masked)
+            total += p * (math.log(p) - math.log(q))
+    return total
+
+
+def multi_label_target(logits, labels):
+    """The image's own labels, or where it has none the one of the highest output."""
+    if any(label > 0 for label in labels):
+        return list(labels)
+    return [1.0 if i == logits.index(max(logits)) else 0.0 for i in range(len(logits))]
+
+
+def multi_label_shift(logits, masked_logits, alpha, top_n, mode="rank", labels=None):
+    """Equations 1 to 3 with sigmoid outputs in place of softmax outputs."""
+    p, q = [sigmoid(z) for z in logits], [sigmoid(z) for z in masked_logits]
+    by_p = sorted(range(len(p)), key=lambda i: -p[i])
+    by_q = sorted(range(len(q)), key=lambda i: -q[i]) if mode == "rank" else by_p
+    if mode == "label":
+        by_p = by_q = sorted(by_p, key=lambda i: -labels[i])
+    return weighted_change([q[j] - p[i] for i, j in zip(by_p, by_q, strict=True)], alpha, min(top_n, len(p)))
+
+
+def weighted_change(changes, alpha, n):
+    """Equations 1 to 3 of the changes of the outputs in their order."""
+    if n == 1:
+        return changes[0]  # Equation 1
+    return alpha * changes[0] + (1 - alpha) * sum(changes[1:n]) / (n - 1)  # Equations 2 and 3
+
+
 def kl_divergence(logits, masked_logits):
     """Equation 6 with the sign of a divergence: sum over classes of p log(p / p~)."""
     p, q = softmax(logits), softmax(masked_logits)
@@ -74,11 +135,7 @@ def probability_shift(logits, masked_logits, alpha, top_n, mode="rank", label=No
         by_q = by_p
     elif mode == "label":
         by_p = by_q = [label] + [i for i in by_p if i != label]
-    delta_1 = q[by_q[0]] - p[by_p[0]]  # Equation 1
-    if n == 1:
-        return delta_1
-    delta_2 = sum(q[by_q[i]] - p[by_p[i]] for i in range(1, n)) / (n - 1)  # Equation 2
-    return alpha * delta_1 + (1 - alpha) * delta_2  # Equation 3
+    return weighted_change([q[j] - p[i] for i, j in zip(by_p, by_q, strict=True)], alpha, n)
 
 
 def update_budget(k, delta, step_size, k_min, k_max, rounding="floor"):
@@ -177,3 +234,74 @@ def localisation_scores(attribution, evidence, top):
         "roc_auc": _roc_auc(positions),
         "top_outside": 1 - expected_hits(positions, count) / count,
     }
+
+
+def average_precision(outputs, labels):
+    """Of one label: the mean, over the images that have it, of the precision at their output; NaN where none has."""
+    precisions = []
+    for output, has_label in zip(outputs, labels, strict=True):
+        if has_label:
+            as_high = [other for value, other in zip(outputs, labels, strict=True) if value >= output]
+            precisions.append(sum(as_high) / len(as_high))
+    return sum(precisions) / len(precisions) if precisions else math.nan
+
+
+def mean_average_precision(outputs, labels):
+    """Rows of outputs and of 0 and 1, one of each per image; the mean over the labels that occur."""
+    columns = zip(zip(*outputs, strict=True), zip(*labels, strict=True), strict=True)
+    found = [average_precision(*column) for column in columns]
+    known = [value for value in found if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def linear_outputs(image, weights, bias):
+    """One output for each label: its bias, and the sum of weight times pixel over channels, rows and columns."""
+    outputs = []
+    for of_label, constant in zip(weights, bias, strict=True):
+        total = constant
+        for channel, of_channel in zip(image, of_label, strict=True):
+            for row, of_row in zip(channel, of_channel, strict=True):
+                for pixel, weight in zip(row, of_row, strict=True):
+                    total += pixel * weight
+        outputs.append(total)
+    return outputs
+
+
+def multi_label_saliency(weights, target):
+    """Magnitude of the gradient of the sum of the target labels' `linear_outputs`, its mean over the channels."""
+    channels, height, width = len(weights[0]), len(weights[0][0]), len(weights[0][0][0])
+    rows = []
+    for row in range(height):
+        line = []
+        for column in range(width):
+            total = 0.0
+            for channel in range(channels):
+                slopes = [
+                    of_label[channel][row][column]
+                    for of_label, is_target in zip(weights, target, strict=True)
+                    if is_target
+                ]
+                total += abs(sum(slopes))
+            line.append(total / channels)
+        rows.append(line)
+    return rows
+
+
+def deletion_outputs(image, saliency, weights, bias, counts):
+    """Outputs of `linear_outputs` while the most salient positions of an image are replaced by zero, all channels."""
+    falling = list(reversed(rank_least_salient(saliency)))
+    found = []
+    for count in counts:
+        removed = set(falling[:count])
+        left = [
+            [[0.0 if (r, c) in removed else pixel for c, pixel in enumerate(row)] for r, row in enumerate(channel)]
+            for channel in image
+        ]
+        found.append(linear_outputs(left, weights, bias))
+    return found
+
+
+def label_probability(outputs, target):
+    """The mean sigmoid output of the target labels."""
+    found = [sigmoid(value) for value, is_target in zip(outputs, target, strict=True) if is_target]
+    return sum(found) / len(found)

@@ -83,6 +83,7 @@ def start(model: str, folder: Path, resume: bool = False) -> subprocess.Popen:
             stdout=log,
             stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            process_group=0,
         )
 
 
@@ -99,8 +100,8 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a process as a machine that is switched off does."""
-    process.send_signal(signal.SIGKILL)
+    """End a process and its children as a machine that is switched off does; it leads a process group of its own."""
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -129,12 +130,12 @@ def kill_in_a_save(process: subprocess.Popen, folder: Path, saves: int, aim: str
         seen.add(newest.name)
         if len(seen) <= saves:
             continue
-        process.send_signal(signal.SIGSTOP)
+        os.killpg(process.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if find_damage(newest) is not None:
             kill(process)
             return True
-        process.send_signal(signal.SIGCONT)
+        os.killpg(process.pid, signal.SIGCONT)
     return False
 
 

@@ -14,12 +14,13 @@ def describe_class_counts(names: Sequence[str], labels: Mapping[str, np.ndarray]
 
     Args:
         names: of the classes, in the order of their numbers.
-        labels: split -> int64 (n,), the class of every image.
+        labels: split -> int64 (n,), the class of every image; or (n, classes) of 0 and 1, whose images count for each
+            of their labels.
 
     Returns:
         A line for each class; above 20 classes a line for each split, with its smallest and its largest class.
     """
-    counts = {split: np.bincount(own, minlength=len(names)) for split, own in labels.items()}
+    counts = {split: _counts(own, len(names)) for split, own in labels.items()}
     if len(names) > _LISTED_AT_MOST:
         return "\n".join(f"  {split:<6}{_extremes(names, own)}" for split, own in counts.items())
     width = max(map(len, names))
@@ -37,13 +38,17 @@ def imbalance(names: Sequence[str], labels: np.ndarray) -> str | None:
         names: as above.
         labels: int64 (n,), of the training images.
     """
-    counts = np.bincount(labels, minlength=len(names))
+    counts = _counts(labels, len(names))
     if counts.max() <= _LARGEST_RATIO * counts.min():
         return None
     return (
         f"the classes are of very unequal size: {_extremes(names, counts)}. The model may never predict the small "
         "ones, whatever its accuracy says: add images of them, or leave out some of the others"
     )
+
+
+def _counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    return np.bincount(labels, minlength=classes) if labels.ndim == 1 else (labels > 0).sum(axis=0)
 
 
 def _extremes(names: Sequence[str], counts: np.ndarray) -> str:

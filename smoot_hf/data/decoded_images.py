@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image, ImageOps
@@ -138,15 +139,15 @@ def decode_batch(
     return _as_rows(np.stack(arrays), batch[LABELS])
 
 
-def _as_rows(images: np.ndarray, labels: Sequence[int]) -> pa.Table:
-    """uint8 (n, C, H, W) and their labels as the columns "pixel_values" and "labels"."""
+def _as_rows(images: np.ndarray, labels: Sequence[int] | Sequence[list[int]]) -> pa.Table:
+    """uint8 (n, C, H, W) and the class, or the list of labels, of each as the columns "pixel_values" and "labels"."""
     pixels = pa.array(images.ravel())
     for length in reversed(images.shape[1:]):
         pixels = pa.FixedSizeListArray.from_arrays(pixels, length)
-    return pa.table({PIXELS: pixels, LABELS: pa.array(labels, type=pa.int64())})
+    return pa.table({PIXELS: pixels, LABELS: pa.array(labels)})
 
 
-def _features(shape: tuple[int, ...], labels: ClassLabel) -> Features:
+def _features(shape: tuple[int, ...], labels: ClassLabel | List) -> Features:
     """Of such rows; `shape` is (C, H, W)."""
     channels, height, width = shape
     return Features(
@@ -252,7 +253,9 @@ def _decode_split(
 
 def _resizing_alone(pipeline: InputPipeline) -> InputPipeline:
     """Without what says nothing about the size, so that the cache serves every seed and augmentation."""
-    return replace(pipeline, mean=(0.0,), std=(1.0,), crop_padding=0, horizontal_flip=False, seed=0, is_resized=False)
+    return replace(
+        pipeline, mean=(0.0,), std=(1.0,), crop_padding=0, horizontal_flip=False, mix=None, seed=0, is_resized=False
+    )
 
 
 def _size(count: int) -> str:
@@ -297,8 +300,8 @@ class DecodedImages(torch.utils.data.Dataset):
 
     Args:
         dataset: one split of what `decode_images` gave; may be a selection of its rows.
-        evidence: bool (N, H, W), `True` where the label of each image can be read; `None` where nobody knows. With it
-            every row has the entry "evidence", which `evaluate_localisation` asks for.
+        evidence: as that of `PlantedImages`; `None` where nobody knows. With it every row has the entry "evidence",
+            which `evaluate_localisation` asks for.
         is_resized: whether that was called with an `input_pipeline`.
 
     Raises:
@@ -313,9 +316,12 @@ class DecodedImages(torch.utils.data.Dataset):
         self.dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
         self.evidence, self.is_resized = evidence, is_resized
         self._open()
-        expected = len(self), *self.image_shape[1:]
-        if evidence is not None and (evidence.dtype != torch.bool or tuple(evidence.shape) != expected):
-            raise ValueError(f"evidence must be bool {expected}, got {evidence.dtype} {tuple(evidence.shape)}")
+        expected, kind = (len(self), *self.image_shape[1:]), torch.int16 if self.is_multi_label else torch.bool
+        if evidence is not None and (evidence.dtype != kind or tuple(evidence.shape) != expected):
+            name = str(kind).removeprefix("torch.")
+            raise ValueError(f"evidence must be {name} {expected}, got {evidence.dtype} {tuple(evidence.shape)}")
+        if self.is_multi_label:
+            return
         if len(self._labels) and self._labels.min() < 0:
             raise ValueError("the data set has samples without a label (-1): it cannot be trained or evaluated on")
         if len(self._labels) and self._labels.max() >= len(self.label_names):
@@ -332,12 +338,14 @@ class DecodedImages(torch.utils.data.Dataset):
 
         Args:
             pixel_values: uint8 (N, C, H, W).
-            labels: int64 (N,).
+            labels: int64 (N,), or of several labels (N, classes) of 0 and 1.
             label_names: name of every class.
             evidence: as above.
         """
-        features = _features(tuple(pixel_values.shape[1:]), ClassLabel(names=list(label_names)))
-        rows = _as_rows(pixel_values.numpy(), labels.tolist()).cast(features.arrow_schema)
+        names = ClassLabel(names=list(label_names))
+        features = _features(tuple(pixel_values.shape[1:]), names if labels.ndim == 1 else List(names))
+        numbers = labels.tolist() if labels.ndim == 1 else [row.nonzero()[:, 0].tolist() for row in labels]
+        rows = _as_rows(pixel_values.numpy(), numbers).cast(features.arrow_schema)
         return cls(Dataset(rows), evidence)
 
     def _open(self) -> None:
@@ -349,7 +357,12 @@ class DecodedImages(torch.utils.data.Dataset):
         pieces = [_flat(chunk) for chunk in table.column(PIXELS).chunks if len(chunk)]
         self._pieces = [piece.reshape(-1, math.prod(self.image_shape)) for piece in pieces]
         self._starts = np.cumsum([0, *(len(piece) for piece in self._pieces)])
-        self._labels = np.array(table.column(LABELS).to_numpy(), dtype=np.int64)
+        if not self.is_multi_label:
+            self._labels = np.array(table.column(LABELS).to_numpy(), dtype=np.int64)
+            return
+        labels = table.column(LABELS).combine_chunks()
+        self._labels = np.zeros((len(labels), len(self.label_names)), dtype=np.float32)
+        self._labels[pc.list_parent_indices(labels), labels.flatten()] = 1
 
     def __getstate__(self) -> dict[str, Any]:
         # A view would be pickled as the pixels themselves.
@@ -363,12 +376,15 @@ class DecodedImages(torch.utils.data.Dataset):
         return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: "pixel_values" uint8 (C, H, W), "labels" int; where it is known, "evidence" bool (H, W)."""
+        """One sample: "pixel_values" uint8 (C, H, W), "labels" int; where it is known, "evidence" bool (H, W).
+
+        Of several labels "labels" is float32 (classes,), and "evidence" bool (classes, H, W).
+        """
         row = {name: values[0] for name, values in self.__getitems__([index]).items()}
-        return {**row, LABELS: int(row[LABELS])}
+        return {**row, LABELS: row[LABELS] if self.is_multi_label else int(row[LABELS])}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A batch: "pixel_values" uint8 (B, C, H, W), "labels" int64 (B,); where it is known, "evidence" (B, H, W).
+        """A batch: the entries of `__getitem__`, stacked.
 
         Raises:
             IndexError: an index outside [-N, N).
@@ -388,7 +404,9 @@ class DecodedImages(torch.utils.data.Dataset):
             self._pieces[piece].take(ascending[here] - self._starts[piece], axis=0, out=pixels[here], mode="clip")
         images = torch.from_numpy(pixels.take(order.argsort(), axis=0)).reshape(-1, *self.image_shape)
         batch = {PIXELS: images, LABELS: torch.from_numpy(self._labels[rows])}
-        return batch if self.evidence is None else {**batch, EVIDENCE: self.evidence[torch.from_numpy(rows)]}
+        if self.evidence is None:
+            return batch
+        return {**batch, EVIDENCE: evidence_masks(self.evidence[torch.from_numpy(rows)], batch[LABELS])}
 
     @staticmethod
     def collate(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -397,7 +415,7 @@ class DecodedImages(torch.utils.data.Dataset):
             # No model takes it.
             return {name: values for name, values in batch.items() if name != EVIDENCE}
         images = torch.stack([sample[PIXELS] for sample in batch])
-        return {PIXELS: images, LABELS: torch.tensor([sample[LABELS] for sample in batch], dtype=torch.int64)}
+        return {PIXELS: images, LABELS: torch.stack([torch.as_tensor(sample[LABELS]) for sample in batch])}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -406,13 +424,19 @@ class DecodedImages(torch.utils.data.Dataset):
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (N,), the class of every image."""
+        """int64 (N,), the class of every image; of several labels float32 (N, classes) of 0 and 1."""
         return self._labels
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return isinstance(self.dataset.features[LABELS], List)
 
     @property
     def label_names(self) -> list[str]:
         """Name of every class, in the order of the label indices."""
-        return list(self.dataset.features[LABELS].names)
+        feature = self.dataset.features[LABELS]
+        return list((feature.feature if self.is_multi_label else feature).names)
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -438,6 +462,18 @@ class DecodedImages(torch.utils.data.Dataset):
             rows = max(1, 2**21 // piece.shape[1])
             for start in range(0, len(piece), rows):
                 yield piece[start : start + rows].reshape(-1, channels, piece.shape[1] // channels)
+
+
+def evidence_masks(evidence: Tensor, labels: Tensor) -> Tensor:
+    """Evidence of a batch as `evaluate_localisation` takes it: bool (B, H, W), or of several labels one for each.
+
+    Args:
+        evidence: bool (B, H, W); or int16 (B, H, W), the label that can be read at a position, -1 where there is none.
+        labels: of the batch; (B, classes) with the latter.
+    """
+    if evidence.dtype == torch.bool:
+        return evidence
+    return evidence[:, None] == torch.arange(labels.shape[1])[:, None, None]
 
 
 def _flat(chunk: pa.Array) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The input pipeline: augmentation, normalisation and resizing of uint8 batches, on the device of the model."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Self
@@ -32,8 +33,8 @@ class InputPipeline:
     """What an image processor does, in batches on the images' device, and the augmentation of training.
 
     All methods take or give batches (B, C, H, W). None waits for the device, with one exception: an evaluation that
-    resizes by Pillow, which runs on the CPU. Random numbers are a function of (seed, epoch, sample), so a sample is
-    augmented in the same way whatever the batch or the number of processes.
+    resizes by Pillow, which runs on the CPU. Random crops and flips are a function of (seed, epoch, sample), so a
+    sample is augmented in the same way whatever the batch or the number of processes; `mix` alone depends on both.
 
     Attributes:
         mean: mean of each channel, of pixels / 255.
@@ -47,7 +48,10 @@ class InputPipeline:
             rounds half to even (torchvision, timm).
         crop_padding: augmentation: random crop of the native size after padding each side by that many black pixels.
         horizontal_flip: augmentation: mirror left and right with probability 1/2.
-        seed: of the augmentation.
+        mix: augmentation: mixes the images of a training batch, and their labels. A function of normalised images
+            (B, C, H, W) and labels, which gives both, the labels soft: (B, classes). `Mixing` is one, and so are
+            mixup and CutMix of timm and of torchvision. It draws from a random state of its own library.
+        seed: of crop and flip.
         is_resized: the images are at the size of the model's input, to which `resize_images` has brought them when
             they were decoded: neither resized nor cropped any more.
 
@@ -64,6 +68,7 @@ class InputPipeline:
     crop_rounding: Literal["floor", "round"] = "floor"
     crop_padding: int = 0
     horizontal_flip: bool = False
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     seed: int = 0
     is_resized: bool = False
 
@@ -82,7 +87,13 @@ class InputPipeline:
 
     @classmethod
     def from_image_processor(
-        cls, processor: Any, *, crop_padding: int = 0, horizontal_flip: bool = False, seed: int = 0
+        cls,
+        processor: Any,
+        *,
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        seed: int = 0,
     ) -> Self:
         """The pipeline that gives, at evaluation, what an image processor gives.
 
@@ -95,13 +106,14 @@ class InputPipeline:
                 `crop_pct`) or timm's wrapper.
             crop_padding: as the attribute.
             horizontal_flip: as the attribute.
+            mix: as the attribute.
             seed: as the attribute.
 
         Raises:
             ValueError: the processor does something that the pipeline cannot; the message names its attribute.
         """
         fields = read_image_processor(processor)
-        pipeline = cls(**fields, crop_padding=crop_padding, horizontal_flip=horizontal_flip, seed=seed)
+        pipeline = cls(**fields, crop_padding=crop_padding, horizontal_flip=horizontal_flip, mix=mix, seed=seed)
         pipeline._check_parity(processor)
         return pipeline
 

@@ -10,6 +10,7 @@ map that points there from one that points elsewhere. All are made in memory fro
 | `pair` | an object of one set beside one of another, the order random; labels of either set, images the same | the labelled object's block |
 | `on-photo` | an object and a smaller distractor of another class on a photo, both anywhere | the square of the larger object |
 | `decoy` | an object, and in a corner a patch whose grey tells the label in training (DecoyMNIST, 1703.03717) | the patch |
+| `several` | up to three objects of different classes and null blocks, in two rows of two; a label for each object | of each label its object's block |
 
 The null block is black with the outline of a white square in its middle, half as high and wide as the block; it is the
 same in every image. In `decoy` the map of a model that takes the shortcut *should* light the patch up: it tests whether
@@ -25,15 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dataset import load_image_dataset
-from .decoded_images import DecodedImages, decode_images
+from .decoded_images import DecodedImages, decode_images, evidence_masks
 from .sample_photos import photos_of_scikit_learn
 
-PlantedSet = Literal["block", "block-fixed", "pair", "on-photo", "decoy"]
+PlantedSet = Literal["block", "block-fixed", "pair", "on-photo", "decoy", "several"]
 # uint8 (N, C, h, w) and labels int64 (N,).
 LabelledPixels = tuple[Tensor, Tensor]
 
 # Keeps the draws of the sets apart, which take the same seed.
-_STREAMS = {"block": 1, "pair": 2, "on-photo": 3, "decoy": 4}
+_STREAMS = {"block": 1, "pair": 2, "on-photo": 3, "decoy": 4, "several": 5}
+# Of `several`: how often an image has 0, 1, 2 and 3 objects, in tenths.
+_OBJECTS_OF_TEN = (1.0, 3.0, 3.0, 3.0)
 
 
 class PlantedImages(torch.utils.data.Dataset):
@@ -41,8 +44,9 @@ class PlantedImages(torch.utils.data.Dataset):
 
     Args:
         pixel_values: uint8 (N, C, H, W).
-        labels: int64 (N,).
-        evidence: bool (N, H, W), `True` where the label can be read.
+        labels: int64 (N,), or of several labels float32 (N, classes) of 0 and 1.
+        evidence: bool (N, H, W), `True` where the label can be read; of several labels int16 (N, H, W), the label that
+            can be read at a position, -1 where there is none.
     """
 
     def __init__(self, pixel_values: Tensor, labels: Tensor, evidence: Tensor) -> None:
@@ -52,14 +56,19 @@ class PlantedImages(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One image: "pixel_values" uint8 (C, H, W), "labels" int, "evidence" bool (H, W)."""
-        row = {"pixel_values": self.pixel_values[index], "evidence": self.evidence[index]}
-        return {**row, "labels": int(self.labels[index])}
+        """One image: "pixel_values" uint8 (C, H, W), "labels" int, "evidence" bool (H, W).
+
+        Of several labels "labels" is float32 (classes,), and "evidence" bool (classes, H, W).
+        """
+        row = {name: values[0] for name, values in self.__getitems__([index]).items()}
+        return {**row, "labels": row["labels"] if self.labels.ndim > 1 else int(row["labels"])}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A batch: the entries of `__getitem__`, stacked."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        return {name: getattr(self, name)[rows] for name in ("pixel_values", "labels", "evidence")}
+        labels = self.labels[rows]
+        evidence = evidence_masks(self.evidence[rows], labels)
+        return {"pixel_values": self.pixel_values[rows], "labels": labels, "evidence": evidence}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -230,6 +239,48 @@ def plant_decoy(pixels: Tensor, labels: Tensor, *, seed: int, leaks: bool) -> Pl
     return PlantedImages(images, labels, evidence)
 
 
+def plant_several(pixels: Tensor, labels: Tensor, *, classes: int, seed: int) -> PlantedImages:
+    """`several`: up to three objects of different classes in an image of two rows of two blocks, the others null.
+
+    A tenth of the images has no object, and three tenths each have one, two and three, or as many as there are classes.
+    Their classes are drawn first, all alike, then an image of each class, and the blocks that they stand in.
+
+    Args:
+        pixels: uint8 (N, C, h, w).
+        labels: int64 (N,) from 0.
+        classes: the number of labels; some may have no image here.
+        seed: of all draws.
+
+    Returns:
+        N images (C, 2h, 2w) with float32 labels (N, classes), 1 for each object; the evidence of a label is the whole
+        block of its object.
+
+    Raises:
+        ValueError: pixels or labels of another type or shape, or a label outside [0, classes).
+    """
+    _check(pixels, labels)
+    present, sizes = labels.unique(return_counts=True)
+    if int(present.min()) < 0 or int(present.max()) >= classes:
+        raise ValueError(f"labels must lie in [0, {classes - 1}], got {present.tolist()}")
+    generator, count = _generator("several", seed), len(pixels)
+    number = torch.multinomial(torch.tensor(_OBJECTS_OF_TEN), count, replacement=True, generator=generator)
+    chosen = torch.rand(count, len(present), generator=generator).argsort(dim=1)[:, :3]
+    # Its place among the images of its class, which stand together in this order.
+    draw = (torch.rand(chosen.shape, generator=generator, dtype=torch.float64) * sizes[chosen]).long()
+    rows = labels.argsort(stable=True)[(sizes.cumsum(0) - sizes)[chosen] + draw]
+    # -1, the last row of all, is the null block.
+    rows[torch.arange(rows.shape[1]) >= number[:, None]] = -1
+    order = torch.rand(count, 4, generator=generator).argsort(dim=1)
+    blocks = F.pad(rows, (0, 4 - rows.shape[1]), value=-1).gather(1, order)
+    images = torch.cat([pixels, null_block(*pixels.shape[1:])[None]])[blocks].unflatten(1, (2, 2))
+    label_of_block = torch.cat([labels, torch.tensor([-1])])[blocks]
+    evidence = label_of_block.to(torch.int16).unflatten(1, (2, 2))
+    height, width = pixels.shape[2:]
+    evidence = evidence.repeat_interleave(height, dim=1).repeat_interleave(width, dim=2)
+    has_label = (label_of_block[:, :, None] == torch.arange(classes)).any(dim=1).float()
+    return PlantedImages(images.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3), has_label, evidence)
+
+
 def plant_splits(
     name: PlantedSet,
     splits: Mapping[str, LabelledPixels],
@@ -271,6 +322,9 @@ def plant_splits(
         elif name == "on-photo":
             assert photos is not None
             planted[split] = plant_on_photo(pixels, labels, photos[split], seed=draws)
+        elif name == "several":
+            classes = 1 + max(int(of_split.max()) for _, of_split in splits.values())
+            planted[split] = plant_several(pixels, labels, classes=classes, seed=draws)
         elif name == "decoy":
             planted[split] = plant_decoy(pixels, labels, seed=draws, leaks=split == "train")
         else:
@@ -279,7 +333,7 @@ def plant_splits(
 
 
 def plant_images(
-    name: Literal["block", "block-fixed", "decoy"], images: Mapping[str, DecodedImages], *, seed: int = 0
+    name: Literal["block", "block-fixed", "decoy", "several"], images: Mapping[str, DecodedImages], *, seed: int = 0
 ) -> dict[str, DecodedImages]:
     """A planted set made of decoded images, for all that takes these: the rows gain the evidence, the classes stay.
 

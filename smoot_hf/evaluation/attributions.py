@@ -11,15 +11,15 @@ import math
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import channel_mean, class_score, counter_uniform, input_saliency
-from ..models.logits import AttributionScore, LogitsModel, ScoreModel, run_classifier
+from ..functional import channel_mean, counter_uniform, input_saliency
+from ..models.logits import AttributionScore, LogitsModel, ScoreModel, run_classifier, target_score
 
 Method = Literal[
     "gradient",
@@ -74,7 +74,7 @@ def attribute(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Tensor:
-    """Importance of every position of every image for the score of one class.
+    """Importance of every position of every image for the score of one class, or for the sum of several labels' scores.
 
     Integrated gradients, gradient SHAP and DeepLIFT compare with a reference image. It is zero everywhere, which after
     the usual normalisation is the mean of the training set. The model should be in eval mode.
@@ -105,10 +105,11 @@ def attribute(
     Args:
         model: from normalised images to logits; its `resize`, if it has one, is linear.
         images: (B, C, H, W).
-        target: int64 (B,), the class explained.
+        target: int64 (B,), the class explained; or of a multi-label model (B, classes), weights of the labels whose
+            scores are summed, see `functional.multi_label_target`.
         sample_idx: int64 (B,), row of each image in its data set.
         method: one of the table.
-        score: `"logit"` of the class, or `"log_prob"`.
+        score: `"logit"` of the class, or `"log_prob"`, the logarithm of its softmax, or of a label its sigmoid, output.
         signed: `True` ranks by the channel mean of the signed values, `False` by that of their magnitudes (of
             `grad_cam` by the positive part).
         seed: of `random`, `smooth_grad` and `gradient_shap`.
@@ -126,6 +127,9 @@ def attribute(
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}")
     if score not in get_args(AttributionScore):
         raise ValueError(f"score must be 'logit' or 'log_prob', got {score!r}")
+    if target.ndim != 1 + model.is_multi_label:
+        expected = "labels (B, classes) of a multi-label model" if model.is_multi_label else "classes (B,) of the model"
+        raise ValueError(f"target must hold {expected}, got shape {tuple(target.shape)}")
     if method == "random":
         return counter_uniform(seed, 0, sample_idx, tuple(images.shape[2:]))
     block_size = max(1, batch_size // _COPIES.get(method, 1))
@@ -144,9 +148,9 @@ def attribute(
             )
 
 
-def _gradient(model: LogitsModel, images: Tensor, target: Tensor, score: str, signed: bool) -> Tensor:
+def _gradient(model: LogitsModel, images: Tensor, target: Tensor, score: AttributionScore, signed: bool) -> Tensor:
     leaf = images.clone().requires_grad_(True)
-    return input_saliency(class_score(model(leaf), target, score), leaf, signed)
+    return input_saliency(target_score(model(leaf), target, score), leaf, signed)
 
 
 @contextlib.contextmanager
@@ -191,16 +195,18 @@ def captum_methods() -> ModuleType:
 def _captum(model: ScoreModel, images: Tensor, target: Tensor, method: str, batch_size: int) -> Tensor:
     """captum's attribution of every pixel and channel: (B, C, H, W)."""
     captum = captum_methods()
+    # captum chooses one output of each image; the scores of several labels are summed by the model itself.
+    of_target: dict[str, Any] = {"additional_forward_args": target}
     # Copies of an image at once: of large images not even those of a single one may fit into memory.
     at_once = max(1, batch_size // len(images))
     images = images.clone().requires_grad_(True)
     noise = NOISE_LEVEL * float(images.detach().amax() - images.detach().amin())
     if method == "input_x_gradient":
-        return captum.InputXGradient(model).attribute(images, target=target)
+        return captum.InputXGradient(model).attribute(images, **of_target)
     if method == "integrated_gradients":
         return captum.IntegratedGradients(model).attribute(
             images,
-            target=target,
+            **of_target,
             n_steps=INTEGRATION_POINTS,
             internal_batch_size=None if at_once >= INTEGRATION_POINTS else at_once * len(images),
         )
@@ -210,12 +216,12 @@ def _captum(model: ScoreModel, images: Tensor, target: Tensor, method: str, batc
             nt_samples=SMOOTH_GRAD_COPIES,
             nt_samples_batch_size=min(SMOOTH_GRAD_COPIES, at_once),
             stdevs=noise,
-            target=target,
+            **of_target,
             abs=False,
         )
     if method == "gradient_shap":
         return captum.GradientShap(model).attribute(
-            images, torch.zeros_like(images[:1]), n_samples=GRADIENT_SHAP_COPIES, stdevs=noise, target=target
+            images, torch.zeros_like(images[:1]), n_samples=GRADIENT_SHAP_COPIES, stdevs=noise, **of_target
         )
     return _deep_lift(model, images, target)
 
@@ -234,11 +240,13 @@ def _deep_lift(model: ScoreModel, images: Tensor, target: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Setting forward, backward hooks")
             method = captum_methods().DeepLift(model)
-            values, gap = method.attribute(images, reference, target=target, return_convergence_delta=True)
+            values, gap = method.attribute(
+                images, reference, additional_forward_args=target, return_convergence_delta=True
+            )
     except (AssertionError, AttributeError, RuntimeError) as error:
         raise ValueError(f"deep_lift cannot explain {name}: {error}") from error
     with torch.no_grad():
-        change = (model(images) - model(reference)).gather(1, target[:, None]).abs().mean()
+        change = (model(images, target) - model(reference, target)).abs().mean()
     if not bool((gap.abs() <= COMPLETENESS_TOLERANCE * change).all()):
         raise ValueError(
             f"deep_lift cannot explain {name}: its attributions miss f(x) - f(0), {float(change):.3g} on average, by "
@@ -249,7 +257,7 @@ def _deep_lift(model: ScoreModel, images: Tensor, target: Tensor) -> Tensor:
     return values
 
 
-def _grad_cam(model: LogitsModel, images: Tensor, target: Tensor, score: str, signed: bool) -> Tensor:
+def _grad_cam(model: LogitsModel, images: Tensor, target: Tensor, score: AttributionScore, signed: bool) -> Tensor:
     """Grad-CAM at the last layer on whose map the score depends: (B, H, W).
 
     Selvaraju et al. 2017, Equations 1 and 2: every channel of the map is weighted by the mean of the score's gradient
@@ -258,7 +266,7 @@ def _grad_cam(model: LogitsModel, images: Tensor, target: Tensor, score: str, si
     leaf = images.clone().requires_grad_(True)
     size = _input_size(model, images)
     with _maps_kept(model.model, len(images), size) as kept:
-        value = class_score(model(leaf), target, score).sum()
+        value = target_score(model(leaf), target, score).sum()
     for layer, output in reversed(kept):
         (gradient,) = torch.autograd.grad(value, output, retain_graph=True, allow_unused=True)
         slopes = None if gradient is None else _as_map(layer, gradient, size)

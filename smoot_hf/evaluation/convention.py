@@ -11,6 +11,7 @@ from ..models.logits import AttributionScore
 from .attributions import WITHOUT_SCORE
 
 Target = Literal["label", "predicted"]
+Measure = Literal["accuracy", "probability", "label_probability"]
 Normalisation = Literal["none", "span"]
 
 
@@ -27,9 +28,9 @@ class Convention:
             of the attention weights, or of a function of the caller's, which decides for itself.
         signed: ranked by the signed value or (`False`) by the magnitude, see `attributions.attribute`; `None` as above.
         target: the class that is explained and followed: the true `"label"`, or the one `"predicted"` on the whole
-            image.
+            image. Of a multi-label model it is all labels of the image, or all whose output is above one half there.
         measure: `"accuracy"`: share of images whose highest output is the target's; `"probability"`: its softmax
-            output.
+            output. `"label_probability"`, of a multi-label model alone: the mean sigmoid output of its labels.
         fill: what replaces a removed pixel, see `functional.removal.removal_fill`.
         fractions: removed (insertion: restored) fractions of the positions, rising; the first and the last are the end
             points. Each becomes floor(fraction * positions).
@@ -48,7 +49,7 @@ class Convention:
     score: AttributionScore | None = "logit"
     signed: bool | None = False
     target: Target = "label"
-    measure: Literal["accuracy", "probability"] = "accuracy"
+    measure: Measure = "accuracy"
     fill: Fill = "corner"
     fractions: tuple[float, ...] = even_fractions(10)
     normalisation: Normalisation = "none"
@@ -56,7 +57,7 @@ class Convention:
 
     def __post_init__(self) -> None:
         check_choice("target", self.target, Target)
-        check_choice("measure", self.measure, Literal["accuracy", "probability"])
+        check_choice("measure", self.measure, Measure)
         check_choice("fill", self.fill, Fill)
         check_choice("normalisation", self.normalisation, Normalisation)
         if self.score is not None:
@@ -73,9 +74,16 @@ class Convention:
     def describe(self) -> str:
         """One line for a caption or a table, in words."""
         first, last = (f"{100 * fraction:g}" for fraction in self.end_points)
-        value = "correct" if self.measure == "accuracy" else "probability of the class"
+        value = {
+            "accuracy": "correct",
+            "probability": "probability of the class",
+            "label_probability": "mean probability of an image's labels",
+        }[self.measure]
         kind = {None: "", True: "signed ", False: "magnitude of "}[self.signed]
-        of = "" if self.score is None else f" of the {self.target} class' {self.score.replace('_', '-')}"
+        whose = f"the {self.target} class' "
+        if self.measure == "label_probability":
+            whose = "the sum of the " + ("image's labels' " if self.target == "label" else "predicted labels' ")
+        of = "" if self.score is None else f" of {whose}{self.score.replace('_', '-')}"
         cells = "" if self.cell == 1 else f"cells of {self.cell}x{self.cell} pixels, "
         area = "trapezoid" if self.normalisation == "none" else "trapezoid divided by its span"
         return (
@@ -110,24 +118,33 @@ def resolve_convention(
     steps: int | None = None,
     fill: Fill | None = None,
     cell: int | None = None,
+    is_multi_label: bool = False,
 ) -> Convention:
     """A preset by name, or a convention, with single fields replaced.
 
     Args:
-        convention: `"default"`, `"paper"`, or a `Convention`.
+        convention: `"default"`, `"paper"`, or a `Convention`. The presets measure the accuracy, and of a multi-label
+            model, which names no one class, the `"label_probability"`.
         attribution: the name of a method, or a function of the caller's, which goes by its own name and leaves `score`
             and `signed` open, as `"random"` and `"attention_rollout"` do; `None` leaves the convention's.
         steps: number of even steps between the convention's end points, at least 1; `None` leaves its fractions.
         fill: `None` leaves the convention's.
         cell: `None` leaves the convention's.
+        is_multi_label: the model that is measured is one, see `models.logits.is_multi_label`.
 
     Raises:
-        ValueError: an unknown preset, or a value out of range.
+        ValueError: an unknown preset, a value out of range, or a measure that is not one of the model's kind.
     """
     if isinstance(convention, str):
         if convention not in PRESETS:
             raise ValueError(f"convention must be 'default', 'paper' or a Convention, got {convention!r}")
         convention = PRESETS[convention]
+        if is_multi_label:
+            convention = dataclasses.replace(convention, measure="label_probability")
+    if is_multi_label != (convention.measure == "label_probability"):
+        kind = "a multi-label model" if is_multi_label else "a model of exclusive classes"
+        expected = "'label_probability'" if is_multi_label else "'accuracy' or 'probability'"
+        raise ValueError(f"measure must be {expected} for {kind}, got {convention.measure!r}")
     if callable(attribution):
         name = getattr(attribution, "__name__", type(attribution).__name__)
         convention = dataclasses.replace(convention, attribution=name, score=None, signed=None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.removal import Order, removal_ranks, removed_counts
-from ..models.logits import LogitsModel
+from ..models.logits import LogitsModel, refuse_multi_label
 from ..models.state import untouched
 from .attributions import Method, attribute
 
@@ -71,8 +71,9 @@ def diff_roar(
         Both accuracies; two trainings of the judge are run for them.
 
     Raises:
-        ValueError: `kept` outside its range, or an unknown method.
+        ValueError: `kept` outside its range, an unknown method, or a multi-label model.
     """
+    refuse_multi_label(model, "DiffROAR trains a judge on")
     if not 0 < kept < 1:
         raise ValueError(f"kept must be a fraction in (0, 1), got {kept}")
     maps = [_maps(model, *split, method, seed) for split in (train, test)]

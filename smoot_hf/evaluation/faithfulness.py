@@ -4,12 +4,13 @@ Any checkpoint can be judged: nothing here knows how the model was trained.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..functional import mean_average_precision
 from ..functional.perturbation import (
     area_under_curve,
     deletion_outputs,
@@ -18,7 +19,7 @@ from ..functional.perturbation import (
     measure_outputs,
 )
 from ..functional.removal import Fill, removed_counts
-from ..models.logits import LogitsModel
+from ..models.logits import LogitsModel, is_multi_label
 from ..models.state import model_device, untouched
 from .attributions import Method
 from .convention import Convention, resolve_convention
@@ -27,6 +28,7 @@ from .intervals import mean_interval
 from .ranked_batches import (
     AttributionFunction,
     Collator,
+    NothingToMeasureError,
     RankedBatch,
     autocast,
     check_predictions,
@@ -53,12 +55,17 @@ class Curve:
             for areas that are all the same, short of 0 and of the largest possible.
         nan_predictions: of the n * (S+1) outputs of the model behind the curve, those that hold a NaN or an infinity
             and so predict no class. They count as wrong: 0 % correct, and 0 % probability.
+        mean_average_precision: float64 (S+1,), of a multi-label model: what is left of `Faithfulness`'s. It belongs to
+            the images as a whole, so that no image has a value and the area has no interval. `None` for other models.
+        mean_average_precision_auc: the area under it, by the convention of `auc`.
     """
 
     values: Tensor
     sample_auc: Tensor
     interval: tuple[float, float] | None
     nan_predictions: int = 0
+    mean_average_precision: Tensor | None = None
+    mean_average_precision_auc: float | None = None
 
     @property
     def auc(self) -> float:
@@ -67,12 +74,16 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         """Curve, area and interval as plain values; the images' own areas are left out."""
-        return {
+        plain = {
             "values": self.values.tolist(),
             "auc": self.auc,
             "interval": self.interval and list(self.interval),
             "nan_predictions": self.nan_predictions,
         }
+        if self.mean_average_precision is not None:
+            plain["mean_average_precision"] = self.mean_average_precision.tolist()
+            plain["mean_average_precision_auc"] = self.mean_average_precision_auc
+        return plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +93,8 @@ class Faithfulness:
     Attributes:
         convention: how it was measured.
         accuracy: of the unmasked images against their labels, over all images, the skipped ones included. A model whose
-            outputs for an image hold a NaN is wrong about it.
+            outputs for an image hold a NaN is wrong about it. Of a multi-label model it is the subset accuracy: the
+            share of images of which all labels are predicted, by an output above one half, and no other.
         fractions: float64 (S+1,), the true fractions: removed (insertion: restored) positions of all positions, which
             are the H * W pixels, or the cells of the convention.
         deletion: most salient positions removed first; lower is better.
@@ -96,6 +108,10 @@ class Faithfulness:
         flat_skipped: images left out because their attribution has one value at all positions.
         dataset_fingerprint: identifies the images, see `image_identity.ImageIdentity`; two measurements with unlike
             ones are not compared. `None` where it is not known, as of a measurement of an older version.
+        mean_average_precision: of a multi-label model on the unmasked images, over all of them, see
+            `functional.mean_average_precision`; `None` for other models.
+        unlabelled: images left out because they have none of a multi-label model's labels, whose probability could be
+            followed. They count in every mean average precision, where their outputs should rank below the others.
     """
 
     convention: Convention
@@ -111,6 +127,23 @@ class Faithfulness:
     seed: int
     flat_skipped: int = 0
     dataset_fingerprint: str | None = None
+    mean_average_precision: float | None = None
+    unlabelled: int = 0
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether it is of a multi-label model, whose curves are of the `"label_probability"`."""
+        return self.convention.measure == "label_probability"
+
+    @property
+    def subset_accuracy(self) -> float | None:
+        """Of a multi-label model the `accuracy` under the name that says what it is; `None` for other models."""
+        return self.accuracy if self.is_multi_label else None
+
+    @property
+    def mean_average_precision_auc(self) -> float | None:
+        """Area under the deletion curve of the mean average precision; lower is better. `None` for other models."""
+        return self.deletion.mean_average_precision_auc
 
     @property
     def deletion_curve(self) -> Tensor:
@@ -175,6 +208,11 @@ class Faithfulness:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `results.json`, the convention among them."""
+        of_labels = {
+            "subset_accuracy": self.subset_accuracy,
+            "mean_average_precision": self.mean_average_precision,
+            "unlabelled": self.unlabelled,
+        }
         return {
             "convention": self.convention.to_dict(),
             "n": self.n,
@@ -184,7 +222,7 @@ class Faithfulness:
             "predictions": self.predictions,
             "nan_predictions": self.nan_predictions,
             "seed": self.seed,
-            "accuracy": self.accuracy,
+            **(of_labels if self.is_multi_label else {"accuracy": self.accuracy}),
             "fractions": self.fractions.tolist(),
             "gap": self.gap,
             "gap_interval": self.gap_interval and list(self.gap_interval),
@@ -220,13 +258,18 @@ def evaluate_faithfulness(
     Args:
         model: any image classifier: of `transformers`, timm's wrapper, or a module that returns logits.
         dataset: map-style, with rows that are dicts of `pixel_values` (C, H, W) and `labels` (or `label`), or (image,
-            label) pairs as torchvision's, or whatever `data_collator` takes; see `data_batches`.
+            label) pairs as torchvision's, or whatever `data_collator` takes; see `data_batches`. The labels of a
+            multi-label model (`config.problem_type="multi_label_classification"`) are rows (classes,) of 0 and 1.
         attribution: a method of `attributions.attribute`, or a function (model, images (B, C, H, W), target (B,)) ->
-            (B, H, W) of any real type. Default: the convention's, the gradient.
+            (B, H, W) of any real type. Default: the convention's, the gradient. Of a multi-label model it explains the
+            sum of the scores of the image's labels, of an image without any its highest output; a function gets these
+            as a target (B, classes).
         steps: even steps between the convention's end points. Default: as the convention says.
         fill: what replaces a removed pixel. Default: as the convention says.
         convention: `"default"`: accuracy, magnitude of the logit's gradient, corner fill, 0 to 100 % by 10. `"paper"`:
-            the log-probability's gradient and 0 to 90 % by 10. Or a `Convention` of your own.
+            the log-probability's gradient and 0 to 90 % by 10. Or a `Convention` of your own. Of a multi-label model
+            they measure the mean probability of the image's labels in the place of accuracy (`"label_probability"`):
+            these are the curves and areas, and beside each stands that of the mean average precision.
         cell: side in pixels of the cells that are removed and restored whole, in the order of the attribution summed
             over each; 16 removes the patches of a ViT/16. Fractions are of cells then. At most the shorter side of the
             images. Default: as the convention says, 1, which removes single pixels.
@@ -248,19 +291,22 @@ def evaluate_faithfulness(
 
     Raises:
         ValueError: an empty data set, or something else in its place (a `DataLoader`, a `DatasetDict`); a model whose
-            output has no logits, or of one class; labels that are text, floats or no classes of the model; `steps` that
-            is no whole number of at least 1; an attribution of another shape than (B, H, W), a cell that does not fit
-            into the images, or an unknown choice.
+            output has no logits, or of one class; labels that are text, floats or no classes of the model, or of a
+            multi-label model not 0 or 1 for each class; a convention for models of the other kind; `steps` that is no
+            whole number of at least 1; an attribution of another shape than (B, H, W), a cell that does not fit into
+            the images, or an unknown choice.
         NothingToMeasureError: a ValueError: for every image the attribution is NaN or the same at all positions, or the
-            model's outputs hold a NaN.
+            model's outputs hold a NaN, or no image has a label of a multi-label model.
     """
     own = attribution if callable(attribution) else None
-    convention = resolve_convention(convention, attribution, steps, fill, cell)
+    convention = resolve_convention(convention, attribution, steps, fill, cell, is_multi_label(model))
     unknown = set(curves) - set(ALL_CURVES)
     if unknown:
         raise ValueError(f"curves must be among {ALL_CURVES}, got {sorted(unknown)}")
     resize = input_pipeline and input_pipeline.resize
     scorer, ranker = LogitsModel(model, resize), None if ranked_by is None else LogitsModel(ranked_by, resize)
+    if ranker is not None and ranker.is_multi_label != scorer.is_multi_label:
+        raise ValueError("model and ranked_by must both be multi-label models, or both have exclusive classes")
     parts: list[dict[str, Tensor]] = []
     positions, identity = 0, ImageIdentity(dataset)
     with untouched(model), untouched(ranked_by or model), autocast(model_device(model), autocast_dtype):
@@ -287,7 +333,10 @@ def _measure(
     batch_size: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """The curves (B, S+1) of one batch, with what must be known of each image; everything stays on the device."""
+    """The curves (B, S+1) of one batch, with what must be known of each image; everything stays on the device.
+
+    A mean average precision is of all images together: of a multi-label model the outputs (B, S+1, classes) are kept.
+    """
     cell, positions = convention.cell, batch.positions
     known = {0: batch.outputs}
     if "insertion" in curves or convention.fractions[-1] == 1.0:
@@ -298,7 +347,7 @@ def _measure(
     ranked = (score, batch.images, batch.attribution, *fixed)
     part = {
         "sample_idx": batch.sample_idx,
-        "is_correct": measure_outputs(batch.outputs[:, None], batch.labels, "accuracy")[:, 0],
+        "is_correct": batch.is_correct,
         "has_prediction": batch.has_prediction,
         "is_nan": batch.is_nan,
         "is_flat": batch.is_flat,
@@ -307,7 +356,11 @@ def _measure(
     def add(name: str, outputs: Tensor) -> None:
         part[name] = measure_outputs(outputs, batch.target, convention.measure)
         part[f"{name}_has_prediction"] = has_prediction(outputs)
+        if score.is_multi_label:
+            part[f"{name}_outputs"] = outputs
 
+    if score.is_multi_label:
+        part |= {"labels": batch.labels, "outputs": batch.outputs}
     add("deletion", deletion_outputs(*ranked, **options))
     if "insertion" in curves:
         add("insertion", insertion_outputs(*ranked, **options))
@@ -324,8 +377,9 @@ def _collect(
 ) -> Faithfulness:
     """Means and areas over the images whose attribution ranks the positions."""
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    keep = is_ranked(columns["is_nan"], columns["is_flat"], convention)
-    check_predictions(columns["has_prediction"][keep])
+    is_used = is_ranked(columns["is_nan"], columns["is_flat"], convention)
+    check_predictions(columns["has_prediction"][is_used])
+    keep, labels = _followed(is_used, columns, convention), columns.get("labels")
     n = int(keep.sum())
     fractions = torch.tensor(removed_counts(convention.fractions, positions), dtype=torch.float64) / positions
     span = float(fractions[-1] - fractions[0]) if convention.normalisation == "span" else 1.0
@@ -336,7 +390,12 @@ def _collect(
             values = 100 * columns[name][keep].double()
             areas = area_under_curve(fractions, values) / span
             without_prediction = int((~columns[f"{name}_has_prediction"][keep]).sum())
-            measured[name] = Curve(values.mean(dim=0), areas, mean_interval(areas, bounds), without_prediction)
+            curve = Curve(values.mean(dim=0), areas, mean_interval(areas, bounds), without_prediction)
+            if labels is not None:
+                precision = _precision(columns[f"{name}_outputs"][is_used], labels[is_used])
+                area = float(area_under_curve(fractions, precision)) / span
+                curve = replace(curve, mean_average_precision=precision, mean_average_precision_auc=area)
+            measured[name] = curve
     found = Faithfulness(
         convention=convention,
         accuracy=100 * float(columns["is_correct"].double().mean()),
@@ -347,10 +406,35 @@ def _collect(
         seed=seed,
         flat_skipped=int(columns["is_flat"].sum()),
         dataset_fingerprint=fingerprint,
+        mean_average_precision=None if labels is None else float(_precision(columns["outputs"][:, None], labels)),
+        unlabelled=int(is_used.sum()) - n,
         **measured,  # type: ignore[arg-type]  # deletion is always measured
     )
     warn_of_nan_predictions(found.nan_predictions, found.predictions)
     return found
+
+
+def _followed(is_used: Tensor, columns: dict[str, Tensor], convention: Convention) -> Tensor:
+    """Which of the images that are used, bool (n,), have a target whose value can be followed.
+
+    Raises:
+        NothingToMeasureError: no image has any label of a multi-label model.
+    """
+    if "labels" not in columns:
+        return is_used
+    is_labelled = is_used & (columns["labels"] > 0).any(dim=1)
+    if not bool(is_labelled.any()):
+        raise NothingToMeasureError(f"none of the {int(is_used.sum())} images that can be measured has a label")
+    return is_labelled if convention.target == "label" else is_used
+
+
+def _precision(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean average precision in percent at every point, float64 (S+1,), of outputs (n, S+1, classes).
+
+    Outputs that predict nothing count as the lowest for every label.
+    """
+    outputs = outputs.masked_fill(~has_prediction(outputs)[..., None], -torch.inf)
+    return 100 * mean_average_precision(outputs.transpose(0, 1), labels)
 
 
 def _largest_area(fractions: Tensor, convention: Convention) -> float:

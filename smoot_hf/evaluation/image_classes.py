@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from ..functional.removal import Fill, removal_ranks, removed_counts
-from ..models.logits import LogitsModel
+from ..models.logits import LogitsModel, refuse_multi_label
 from ..models.state import model_device, untouched
 from .attributions import Method
 from .convention import Convention, resolve_convention
@@ -177,8 +177,10 @@ def find_image_classes(
         Every image's curves, and the share of class II.
 
     Raises:
-        ValueError: as `evaluate_faithfulness`; a margin outside [0, 1); fractions that do not start at 0.
+        ValueError: as `evaluate_faithfulness`; a margin outside [0, 1); fractions that do not start at 0; a multi-label
+            model, whose images have no one probability that could rise.
     """
+    refuse_multi_label(model, "image classes I and II are told apart by")
     own = attribution if callable(attribution) else None
     convention = resolve_convention(convention, attribution, steps, fill, cell)
     if not 0 <= margin < 1:

@@ -4,7 +4,7 @@ Any checkpoint can be judged, and nothing is removed from the images. The eviden
 object stands (`smoot_hf.data.planted_evidence`), a segmentation, or the boxes of a detection set drawn as a mask.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..functional import counter_uniform
@@ -23,8 +24,7 @@ from ..functional.localisation import (
     roc_auc,
     top_outside,
 )
-from ..functional.perturbation import measure_outputs
-from ..models.logits import LogitsModel
+from ..models.logits import LogitsModel, is_multi_label
 from ..models.state import model_device, untouched
 from .attributions import Method
 from .comparison import PairedDifference
@@ -34,6 +34,7 @@ from .intervals import mean_interval
 from .ranked_batches import (
     AttributionFunction,
     Collator,
+    DataBatch,
     NothingToMeasureError,
     RankedBatch,
     autocast,
@@ -62,11 +63,12 @@ class Score:
     """One localisation score over a data set, in percent.
 
     Attributes:
-        sample_values: float64 (n,), one per image.
+        sample_values: float64 (n,), one per image; of a multi-label model one for each label of each image.
         sample_chance: float64 (n,), what a map that knows nothing of the evidence scores in expectation, exactly.
         sample_control: float64 (n,), what a random map of each image scored.
         interval: 95 % interval of `value` over the images, see `intervals.mean_interval`; `None` for a single image and
-            for values that are all the same, short of 0 and of 100.
+            for values that are all the same, short of 0 and of 100. Several labels of one image are taken as images
+            of their own, although they are not independent: it is too narrow where they agree.
     """
 
     sample_values: Tensor
@@ -103,15 +105,18 @@ class Score:
 class Localisation:
     """What `evaluate_localisation` found; scores and accuracy are in percent.
 
+    Of a multi-label model "image" means an image with one of its labels: each pair has a map and evidence of its own.
+
     Attributes:
         relevance_mass: share of the positive attribution on the evidence; higher is better.
         rank_accuracy: share of the |E| highest positions on the evidence of size |E|; higher is better.
         pointing_game: share of the images whose highest position is on the evidence; higher is better.
         roc_auc: the map as a detector of the evidence; higher is better.
         outside: for each `top`, the share of that fraction of highest positions outside the evidence; lower is better.
-        accuracy: over all images, whatever was left out of the scores.
+        accuracy: over all images, whatever was left out of the scores. Of a multi-label model it is the recall: the
+            share of the images' labels that are predicted, by an output above one half.
         n: images measured.
-        incorrect: images left out because they are classified wrongly (`only_correct`).
+        incorrect: images left out because they are classified wrongly (`only_correct`), or their label not predicted.
         nan_skipped: images left out because their attribution holds a NaN or infinity.
         unmarked: images left out because their evidence is empty or the whole image, which no map can miss or hit.
         flat: images measured whose attribution has one value everywhere; they score their chance level.
@@ -121,6 +126,7 @@ class Localisation:
         image_size: (H, W) of the maps.
         dataset_fingerprint: identifies the images, see `image_identity.ImageIdentity`; two measurements with unlike
             ones are not compared.
+        label_idx: int64 (n,), of a multi-label model: whose map and evidence it is; `None` for other models.
     """
 
     relevance_mass: Score
@@ -139,6 +145,12 @@ class Localisation:
     seed: int
     image_size: tuple[int, int]
     dataset_fingerprint: str
+    label_idx: Tensor | None = None
+
+    @property
+    def recall(self) -> float | None:
+        """Of a multi-label model the `accuracy` under the name that says what it is; `None` for other models."""
+        return None if self.label_idx is None else self.accuracy
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -154,7 +166,7 @@ class Localisation:
             "description": self.description,
             "dataset_fingerprint": self.dataset_fingerprint,
             "image_size": list(self.image_size),
-            "accuracy": self.accuracy,
+            **({"accuracy": self.accuracy} if self.recall is None else {"recall": self.recall}),
             **counts,
             "scores": scores,
         }
@@ -177,6 +189,10 @@ def evaluate_localisation(
 ) -> Localisation:
     """Measure where a model's attributions of the label lie, against the evidence that the data set marks.
 
+    Of a multi-label model every label of an image is measured by itself: the map of that label alone, against the
+    evidence of that label. The scores are means over these pairs of an image and one of its labels, and images without
+    any label have none.
+
     One pass over the data; each image costs the attribution alone. Beside every score stands its exact chance level,
     and what a random map of the same images scored. The model runs in eval mode; its flags and gradients and the global
     random states are left as they were found, also when an error is raised.
@@ -184,13 +200,15 @@ def evaluate_localisation(
     Args:
         model: any image classifier: of `transformers`, timm's wrapper, or a module that returns logits.
         dataset: map-style, with rows of `pixel_values` (C, H, W), `labels` (or `label`), and a bool mask (H, W), `True`
-            where the evidence lies, at the resolution of the pixel values.
+            where the evidence lies, at the resolution of the pixel values. For a multi-label model the labels are rows
+            (classes,) of 0 and 1, and the mask is (classes, H, W), of which the labels of the image alone are read.
         attribution: a method of `attributions.attribute`, or a function (model, images (B, C, H, W), target (B,)) ->
             (B, H, W). Default: the magnitude of the gradient of the label's logit.
         evidence: name of the mask in the rows.
         top: fractions of the positions, in (0, 1], whose share outside the evidence is measured.
         only_correct: leave out images that the model classifies wrongly: of those nobody knows where evidence for the
-            answer would lie. `compare_localisation` and `on_shared_images` go on to those that all models get right.
+            answer would lie. Of a multi-label model: pairs whose label is not predicted. `compare_localisation` and
+            `on_shared_images` go on to those that all models get right.
         input_pipeline: normalises uint8 pixels and resizes after the attribution's leaf, which lives at native
             resolution; `None` where the data come normalised and at the model's size.
         data_collator: makes a batch of a list of rows, as in `evaluate_faithfulness`; the evidence is taken from the
@@ -204,18 +222,19 @@ def evaluate_localisation(
         The scores with intervals, chance levels and controls, and how many images were left out for what reason.
 
     Raises:
-        ValueError: an empty data set, rows without the mask, a mask that is not bool (H, W), labels that are no classes
-            of the model, or an unknown choice.
+        ValueError: an empty data set, rows without the mask, a mask that is not bool (H, W), or (classes, H, W), labels
+            that are no classes of the model, or an unknown choice.
         NothingToMeasureError: a ValueError: no image is left to measure, or the attribution is flat in every image.
     """
     check_dataset(dataset)
     own = attribution if callable(attribution) else None
-    convention = resolve_convention("default", attribution)
+    convention = resolve_convention("default", attribution, is_multi_label=is_multi_label(model))
     for fraction in top:
         if not 0 < fraction <= 1:
             raise ValueError(f"top must hold fractions in (0, 1], got {list(top)}")
     scorer = LogitsModel(model, input_pipeline and input_pipeline.resize)
-    marked, identity, image_size = _WithEvidence(dataset, evidence), ImageIdentity(dataset), (0, 0)
+    marked = _WithEvidence(dataset, evidence, 3 if scorer.is_multi_label else 2)
+    identity, image_size = ImageIdentity(dataset), (0, 0)
     parts: list[dict[str, Tensor]] = []
     with untouched(model), autocast(model_device(model), autocast_dtype):
         for batch in data_batches(
@@ -227,29 +246,37 @@ def evaluate_localisation(
             batch_size=batch_size,
             identity=identity,
         ):
-            ranked = rank_batch(scorer, batch, own, convention, seed, batch_size)
-            mask = marked.last_evidence.to(ranked.attribution.device)
-            if mask.shape != ranked.attribution.shape:
+            mask = marked.last_evidence.to(batch.images.device)
+            image_size = (batch.images.shape[2], batch.images.shape[3])
+            expected = (*batch.labels.shape[1:], *image_size)
+            if mask.shape != (len(batch.labels), *expected):
+                axes = "(classes, H, W)" if scorer.is_multi_label else "(H, W)"
                 raise ValueError(
-                    f"{evidence!r} must be (H, W) = {tuple(ranked.attribution.shape[1:])} like the pixel values, got "
+                    f"{evidence!r} must be {axes} = {expected} like the labels and the pixel values, got "
                     f"{tuple(mask.shape[1:])}"
                 )
-            parts.append(_measure(ranked, mask, top, seed))
-            image_size = (mask.shape[1], mask.shape[2])
+            for one, on in _by_label(batch, mask, batch_size) if scorer.is_multi_label else [(batch, mask)]:
+                parts.append(_measure(rank_batch(scorer, one, own, convention, seed, batch_size), on, top, seed))
+    if not parts:
+        raise NothingToMeasureError(f"none of the {len(dataset)} images has a label whose map could be measured")
     columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     kind = {None: "", True: "signed ", False: "magnitude of "}[convention.signed]
     of = "" if convention.score is None else f" of the label's {convention.score}"
-    images = "correctly classified" if only_correct else "all"
-    description = f"{kind}{convention.attribution}{of}, {images} images, evidence in {evidence!r}"
+    images = "correctly classified images" if only_correct else "all images"
+    if scorer.is_multi_label:
+        images = "each label" + (" that is predicted" if only_correct else "") + " of each image"
+    description = f"{kind}{convention.attribution}{of}, {images}, evidence in {evidence!r}"
     return _collect(columns, top, only_correct, description, seed, image_size, identity.fingerprint)
 
 
 class _WithEvidence:
     """A data set that is fetched once, batch by batch, and whose evidence masks of the last batch are kept."""
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    def __init__(self, dataset: Any, name: str, dims: int) -> None:
         self.dataset = dataset
         self.name = name
+        # Of a mask: (H, W), or (classes, H, W).
+        self.dims = dims
         self.last_evidence = torch.empty(0, dtype=torch.bool)
 
     def __len__(self) -> int:
@@ -257,6 +284,7 @@ class _WithEvidence:
 
     def __getitems__(self, rows: list[int]) -> Any:
         dataset, name = self.dataset, self.name
+        shape = "(H, W)" if self.dims == 2 else "(classes, H, W) for a multi-label model"
         has_batches = callable(getattr(dataset, "__getitems__", None))
         fetched = dataset.__getitems__(rows) if has_batches else [dataset[row] for row in rows]
         for row in [fetched] if isinstance(fetched, Mapping) else fetched:
@@ -269,13 +297,22 @@ class _WithEvidence:
         except (RuntimeError, TypeError, ValueError) as error:
             kinds = {type(mask).__name__ for mask in masks}
             raise ValueError(
-                f"{name!r} must be bool tensors or arrays (H, W), got {', '.join(sorted(kinds))}"
+                f"{name!r} must be bool tensors or arrays {shape}, got {', '.join(sorted(kinds))}"
             ) from error
         kinds = {f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}" for mask in masks}
-        if len(kinds) > 1 or masks[0].dtype != torch.bool or masks[0].ndim != 2:
-            raise ValueError(f"{name!r} must be a bool mask (H, W) of one size in every row, got {sorted(kinds)}")
+        if len(kinds) > 1 or masks[0].dtype != torch.bool or masks[0].ndim != self.dims:
+            raise ValueError(f"{name!r} must be a bool mask {shape} of one size in every row, got {sorted(kinds)}")
         self.last_evidence = torch.stack(masks)
         return fetched
+
+
+def _by_label(batch: DataBatch, evidence: Tensor, batch_size: int) -> Iterator[tuple[DataBatch, Tensor]]:
+    """Every image once for each of its labels, with that label alone and its evidence (P, H, W), in order."""
+    for pairs in batch.labels.nonzero().split(batch_size):
+        rows, label = pairs.unbind(dim=1)
+        alone = F.one_hot(label, batch.labels.shape[1])
+        if len(pairs):
+            yield DataBatch(batch.images[rows], alone, batch.sample_idx[rows]), evidence[rows, label]
 
 
 def _measure(batch: RankedBatch, evidence: Tensor, top: Sequence[float], seed: int) -> dict[str, Tensor]:
@@ -285,10 +322,14 @@ def _measure(batch: RankedBatch, evidence: Tensor, top: Sequence[float], seed: i
     part = {
         "sample_idx": batch.sample_idx,
         "share": evidence_share(evidence),
-        "is_correct": measure_outputs(batch.outputs[:, None], batch.labels, "accuracy")[:, 0].bool(),
+        "is_correct": batch.is_correct,
         "is_finite": batch.attribution.isfinite().flatten(1).all(dim=1),
         "is_flat": batch.is_flat,
     }
+    if batch.labels.ndim == 2:
+        label = batch.labels.argmax(dim=1)
+        is_predicted = batch.outputs.gather(1, label[:, None])[:, 0] > 0
+        part |= {"label_idx": label, "is_correct": is_predicted & batch.has_prediction}
     for kind, values in (("", batch.attribution), ("control ", control)):
         part |= {f"{kind}{name}": measure(values, evidence) for name, measure in MEASURES.items()}
         part |= {f"{kind}outside {fraction}": top_outside(values, evidence, fraction) for fraction in top}
@@ -341,6 +382,7 @@ def _collect(
         seed=seed,
         image_size=image_size,
         dataset_fingerprint=fingerprint,
+        label_idx=columns["label_idx"][keep] if "label_idx" in columns else None,
         **counts,  # type: ignore[arg-type]  # incorrect, nan_skipped, unmarked
     )
 
@@ -403,10 +445,16 @@ def on_shared_images(*measured: Localisation) -> list[Localisation]:
     sizes = {one.image_size for one in measured}
     if len(sizes) > 1:
         raise ValueError(f"all must be measured on images of one size, got (H, W) of {sorted(sizes)}")
-    shared = reduce(np.intersect1d, [one.sample_idx.numpy() for one in measured])
+    shared = reduce(np.intersect1d, map(_keys, measured))
     if len(shared) == 0:
         raise NothingToMeasureError("the measurements have no image in common: there is none that all models get right")
-    return [_selected(one, np.isin(one.sample_idx.numpy(), shared)) for one in measured]
+    return [_selected(one, np.isin(_keys(one), shared)) for one in measured]
+
+
+def _keys(measured: Localisation) -> np.ndarray:
+    """Int64 (n,), unique: the rows, and where an image is measured for each of its labels the pairs."""
+    rows = measured.sample_idx.numpy()
+    return rows if measured.label_idx is None else rows << 32 | measured.label_idx.numpy()
 
 
 def _selected(measured: Localisation, keep: np.ndarray) -> Localisation:
@@ -423,4 +471,5 @@ def _selected(measured: Localisation, keep: np.ndarray) -> Localisation:
         outside={fraction: of_rows(score) for fraction, score in measured.outside.items()},
         n=int(rows.sum()),
         sample_idx=measured.sample_idx[rows],
+        label_idx=None if measured.label_idx is None else measured.label_idx[rows],
     )

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.utils import logging
 
-from ..functional import cell_grid, cell_sum, class_score, counter_uniform, input_saliency, spread_cells
+from ..functional import cell_grid, cell_sum, counter_uniform, input_saliency, multi_label_target, spread_cells
 from ..functional.masking import ranking_key
-from ..functional.perturbation import check_attribution, has_prediction
+from ..functional.perturbation import check_attribution, has_prediction, measure_outputs
 from ..functional.removal import removal_fill
-from ..models.logits import LogitsModel
+from ..models.logits import LogitsModel, is_multi_label, target_score
 from ..models.state import model_device, model_dtype
 from .attributions import attribute, needs_gradient
 from .convention import Convention
@@ -29,7 +29,8 @@ class NothingToMeasureError(ValueError):
     """No image has a prediction, or none has an attribution that ranks its positions."""
 
 
-# (model, images (B, C, H, W), target (B,)) -> (B, H, W) of any real type: an attribution of the caller's own.
+# (model, images (B, C, H, W), target (B,)) -> (B, H, W) of any real type: an attribution of the caller's own. Of a
+# multi-label model the target is (B, classes), weights of the labels.
 AttributionFunction = Callable[[LogitsModel, Tensor, Tensor], Tensor]
 
 # What a data set gives for a list of rows -> a batch, a dict of tensors: as the data collator of a `Trainer`.
@@ -44,7 +45,10 @@ _FILL_STREAM = 1
 
 @dataclass(frozen=True)
 class DataBatch:
-    """Normalised images (B, C, H, W) at native resolution, labels int64 (B,), rows in the data set int64 (B,)."""
+    """Normalised images (B, C, H, W) at native resolution, labels int64 (B,), rows in the data set int64 (B,).
+
+    Of a multi-label model the labels are (B, classes), 0 or 1 each.
+    """
 
     images: Tensor
     labels: Tensor
@@ -55,7 +59,8 @@ class DataBatch:
 class RankedBatch(DataBatch):
     """A batch with the clean outputs (B, classes), the class followed (B,), the attribution (B, H, W) and the fill.
 
-    What is removed from it are cells of `cell` by `cell` pixels.
+    What is removed from it are cells of `cell` by `cell` pixels. Of a multi-label model the target is the labels that
+    are followed, (B, classes), at least one in each row.
     """
 
     outputs: Tensor
@@ -73,6 +78,16 @@ class RankedBatch(DataBatch):
     def has_prediction(self) -> Tensor:
         """Bool (B,): the outputs of the unmasked image predict a class."""
         return has_prediction(self.outputs)
+
+    @property
+    def is_correct(self) -> Tensor:
+        """Bool (B,): the highest output is the label's; of a multi-label model all labels are predicted, and no other.
+
+        Outputs that predict no class are wrong.
+        """
+        if self.labels.ndim == 1:
+            return measure_outputs(self.outputs[:, None], self.labels, "accuracy")[:, 0].bool()
+        return ((self.outputs > 0) == (self.labels > 0)).all(dim=1) & self.has_prediction
 
     @property
     def is_nan(self) -> Tensor:
@@ -110,20 +125,23 @@ def data_batches(
 
     Args:
         dataset: has a length, and rows that are dicts of `pixel_values` and `labels` (or `label`), or (image, label)
-            pairs. A `__getitems__` is used where there is one; it gives a list of such rows, or one dict of batched
-            tensors. With a `data_collator` the rows are of any kind that it takes.
-        model: the images are moved to its device and converted to its floating-point type.
+            pairs. A label is a class index; of a multi-label model a row (classes,) of 0 and 1 of any type. A
+            `__getitems__` is used where there is one; it gives a list of such rows, or one dict of batched tensors.
+            With a `data_collator` the rows are of any kind that it takes.
+        model: the images are moved to its device and converted to its floating-point type; its kind says what the
+            labels are.
         input_pipeline: its `normalize` takes uint8 `pixel_values` to normalised images; `None` where they are already.
         data_collator: takes what the data set gives for a list of rows, and returns a dict of `pixel_values`
-            (B, C, H, W) and labels (B,), every row kept; `None`: the rows are stacked.
+            (B, C, H, W) and labels, every row kept; `None`: the rows are stacked.
         label_name: key of the labels; `None`: `labels` or `label`.
         batch_size: rows at once, at least 1.
         title: of the progress bar.
         identity: takes in the rows as they are read.
 
     Raises:
-        ValueError: no data set, or an empty one; a row without pixels or label; labels that are no integers; images of
-            different shapes, or pixels that are not what is expected with or without a pipeline.
+        ValueError: no data set, or an empty one; a row without pixels or label; labels that are no integers, or of a
+            multi-label model not 0 or 1 for each class; images of different shapes, or pixels that are not what is
+            expected with or without a pipeline.
     """
     if not isinstance(batch_size, Integral):
         raise ValueError(f"batch_size must be a whole number, got {batch_size!r}")
@@ -131,10 +149,12 @@ def data_batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_dataset(dataset)
     device, dtype, shape = model_device(model), model_dtype(model), None
+    as_labels = _as_multi_hot if is_multi_label(model) else _as_class_indices
     # `disable=None`: no bar where nobody watches.
     for start in logging.tqdm(range(0, len(dataset), batch_size), desc=title, unit="batch", disable=None):
         rows = list(range(start, min(start + batch_size, len(dataset))))
-        pixel_values, labels = (values.to(device) for values in _fetch(dataset, rows, data_collator, label_name))
+        fetched = _fetch(dataset, rows, data_collator, label_name, as_labels)
+        pixel_values, labels = (values.to(device) for values in fetched)
         if identity is not None:
             identity.update(pixel_values, labels)
         images = _normalise(pixel_values, input_pipeline, dtype)
@@ -187,8 +207,14 @@ def evenly_spread(dataset: Any, count: int) -> Subset:
     return Subset(dataset, [row * len(dataset) // count for row in range(count)])
 
 
-def _fetch(dataset: Any, rows: list[int], collator: Collator | None, label_name: str | None) -> tuple[Tensor, Tensor]:
-    """`pixel_values` (B, C, H, W) and labels int64 (B,) of some rows."""
+# (labels of a row or of a batch, their name) -> a tensor of integers.
+_LabelReader = Callable[[Any, str], Tensor]
+
+
+def _fetch(
+    dataset: Any, rows: list[int], collator: Collator | None, label_name: str | None, as_labels: _LabelReader
+) -> tuple[Tensor, Tensor]:
+    """`pixel_values` (B, C, H, W) and labels int64 (B,), or of a multi-label model (B, classes), of some rows."""
     has_batches = callable(getattr(dataset, "__getitems__", None))
     fetched = dataset.__getitems__(rows) if has_batches else [dataset[row] for row in rows]
     if collator is None:
@@ -203,10 +229,17 @@ def _fetch(dataset: Any, rows: list[int], collator: Collator | None, label_name:
         wanted = repr(label_name) if label_name else " (or ".join(map(repr, LABEL_NAMES)) + ")"
         place = "dataset rows" if collator is None else "the data collator's batches"
         raise ValueError(f"{place} must hold 'pixel_values' and {wanted}, got {sorted(names)}")
-    pixel_values, labels = _stack(batch, "pixel_values", _as_pixels), _stack(batch, label, _as_class_indices)
-    if 0 in pixel_values.shape or pixel_values.ndim != 4 or labels.ndim != 1 or len(pixel_values) != len(labels):
+    pixel_values, labels = _stack(batch, "pixel_values", _as_pixels), _stack(batch, label, as_labels)
+    label_dims = 2 if as_labels is _as_multi_hot else 1
+    if (
+        0 in pixel_values.shape
+        or pixel_values.ndim != 4
+        or labels.ndim != label_dims
+        or len(pixel_values) != len(labels)
+    ):
+        expected = "labels (classes,) of 0 and 1" if as_labels is _as_multi_hot else "one integer label"
         raise ValueError(
-            "dataset rows must hold pixel_values (C, H, W) and one integer label, "
+            f"dataset rows must hold pixel_values (C, H, W) and {expected}, "
             f"got batches of shapes {tuple(pixel_values.shape)} and {tuple(labels.shape)}"
         )
     if len(labels) != len(rows):
@@ -261,8 +294,23 @@ def _as_class_indices(value: Any, name: str) -> Tensor:
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"{name} must be class indices, integers from 0, got {labels.dtype}: soft labels and targets of a "
-            "regression have no one class; convert class numbers that are kept as floats to integers"
+            "regression have no one class; convert class numbers that are kept as floats to integers. A model of "
+            "several labels for an image says so by config.problem_type='multi_label_classification'"
         )
+    return labels
+
+
+def _as_multi_hot(value: Any, name: str) -> Tensor:
+    expected = f"{name} of a multi-label model must be (classes,) for each image, 0 or 1 for each class"
+    try:
+        labels = torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{expected}, got {value!r}") from error
+    if labels.ndim == 0:
+        raise ValueError(f"{expected}, got the one value {value!r}: make a row with a 1 for each of its labels")
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        found = labels[(labels != 0) & (labels != 1)][0].item()
+        raise ValueError(f"{expected}, got the value {found}: faithfulness is measured by labels that are or are not")
     return labels
 
 
@@ -348,7 +396,7 @@ def rank_batch(
     The attribution is that of `ranker` where one is given, else the model's own.
 
     Raises:
-        ValueError: a label that is no class of the model, a model without logits, cells that do not fit into the
+        ValueError: labels that are no classes of the model, a model without logits, cells that do not fit into the
             images, or an attribution that is no tensor, has another shape than (B, H, W), is complex, or has no
             gradient to be made of.
     """
@@ -358,15 +406,12 @@ def rank_batch(
     images = batch.images.detach().requires_grad_(by_gradient)
     with torch.set_grad_enabled(by_gradient):
         outputs = model(images)
-    classes = outputs.shape[1]
-    if bool(((batch.labels < 0) | (batch.labels >= classes)).any()):
-        low, high = int(batch.labels.min()), int(batch.labels.max())
-        raise ValueError(f"labels must be classes of the model, 0 to {classes - 1}, got {low} to {high}")
-    target = batch.labels if convention.target == "label" else outputs.argmax(dim=1)
+    check_labels(batch.labels, outputs.shape[1])
+    target = explained(outputs, batch.labels if convention.target == "label" else None, model.is_multi_label)
     if by_gradient:
         # The forward pass that gave the outputs gives their gradient as well.
         with needs_gradient(model, "gradient"):
-            values = input_saliency(class_score(outputs, target, score), images, signed)
+            values = input_saliency(target_score(outputs, target, score), images, signed)
         outputs = outputs.detach()
     elif attribution is None and convention.attribution == "random":
         values = random_map(seed, batch.sample_idx, batch.images.shape[2:], convention.cell)
@@ -393,6 +438,35 @@ def rank_batch(
         noise = counter_uniform(seed, _FILL_STREAM, batch.sample_idx, tuple(batch.images.shape[1:]))
     fill = removal_fill(batch.images, convention.fill, noise)
     return RankedBatch(batch.images, batch.labels, batch.sample_idx, outputs, target, values, fill, convention.cell)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no classes of the model, or of a multi-label model not as many as it has classes.
+
+    Raises:
+        ValueError: as said.
+    """
+    if labels.ndim == 2 and labels.shape[1] != classes:
+        raise ValueError(f"labels must have a column for each of the model's {classes} classes, got {labels.shape[1]}")
+    if labels.ndim == 1 and bool(((labels < 0) | (labels >= classes)).any()):
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"labels must be classes of the model, 0 to {classes - 1}, got {low} to {high}")
+
+
+def explained(outputs: Tensor, labels: Tensor | None, is_multi_label: bool) -> Tensor:
+    """The target of an attribution: the labels, or (`None`) what the model predicts.
+
+    Args:
+        outputs: (B, classes), of the whole images.
+        labels: int64 (B,), or of a multi-label model (B, classes).
+        is_multi_label: of the model.
+
+    Returns:
+        int64 (B,); of a multi-label model (B, classes) as from `functional.multi_label_target`.
+    """
+    if is_multi_label:
+        return multi_label_target(outputs, labels)
+    return outputs.argmax(dim=1) if labels is None else labels
 
 
 def random_map(seed: int, sample_idx: Tensor, image_size: Sequence[int], cell: int = 1) -> Tensor:

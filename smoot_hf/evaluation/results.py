@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 _DEEPEST = 50
 # What the details count.
 _COUNTS = {"n", "images", "undefined", "nan_skipped", "flat_skipped", "predictions", "nan_predictions"}
-_COUNTS |= {"incorrect", "unmarked", "flat"}
+_COUNTS |= {"incorrect", "unmarked", "flat", "unlabelled"}
 
 _TOP = {"schema_version": int, "task": str, "settings": dict, "environment": dict, "rows": list}
 _ROW = {"name": str, "convention": dict | None, "metrics": dict, "details": dict}
@@ -169,8 +169,10 @@ class Results:
 def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
     """One line from one method's measurements, one per seed, all by the same convention.
 
-    The metrics are `accuracy`, `deletion_auc` and, where measured, `insertion_auc`, `gap` and `random_auc`; the curves
-    and their intervals over the images stand in the details, by seed.
+    The metrics are `accuracy`, `deletion_auc` and, where measured, `insertion_auc`, `gap` and `random_auc`. Of a
+    multi-label model `mean_average_precision` and `subset_accuracy` take the place of `accuracy`, and
+    `mean_average_precision_auc` stands beside `deletion_auc`. The curves and their intervals over the images stand in
+    the details, by seed.
 
     Raises:
         ValueError: no measurement, or more than one convention or data set.
@@ -184,7 +186,10 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
             f"row {name!r} must be measured on one data set, got the fingerprints {sorted(map(str, fingerprints))}"
         )
     metrics = {}
-    for metric in ("accuracy", "deletion_auc", "insertion_auc", "gap", "random_auc"):
+    areas = ("deletion_auc", "insertion_auc", "gap", "random_auc")
+    of_labels = ("mean_average_precision", "subset_accuracy", *areas, "mean_average_precision_auc")
+    is_multi_label = next(iter(by_seed.values())).is_multi_label
+    for metric in of_labels if is_multi_label else ("accuracy", *areas):
         values = {seed: getattr(measured, metric) for seed, measured in by_seed.items()}
         if None not in values.values():
             metrics[metric] = Measurement(values)
@@ -197,8 +202,8 @@ def faithfulness_row(name: str, by_seed: Mapping[int, Faithfulness]) -> Row:
 def localisation_row(name: str, by_seed: Mapping[int, Localisation]) -> Row:
     """One line from one method's measurements of localisation, one per seed, all made in the same way.
 
-    The metrics are `accuracy` and the names of `Localisation.scores`; intervals, chance levels, random maps and counts
-    stand in the details, by seed.
+    The metrics are `accuracy` (of a multi-label model `recall`) and the names of `Localisation.scores`; intervals,
+    chance levels, random maps and counts stand in the details, by seed.
 
     Raises:
         ValueError: no measurement, or several ways of measuring or data sets.
@@ -207,7 +212,8 @@ def localisation_row(name: str, by_seed: Mapping[int, Localisation]) -> Row:
     if len(ways) != 1:
         raise ValueError(f"row {name!r} must be measured in one way on one data set, got {sorted(ways)}")
     first = next(iter(by_seed.values()))
-    metrics = {"accuracy": Measurement({seed: measured.accuracy for seed, measured in by_seed.items()})}
+    name_of_accuracy = "accuracy" if first.recall is None else "recall"
+    metrics = {name_of_accuracy: Measurement({seed: measured.accuracy for seed, measured in by_seed.items()})}
     for score in first.scores:
         metrics[score] = Measurement({seed: measured.scores[score].value for seed, measured in by_seed.items()})
     details = {str(seed): measured.to_dict() for seed, measured in by_seed.items()}
@@ -246,6 +252,7 @@ def _measurements(row: Row) -> list[tuple[str, Mapping[str, Any]]]:
 _LEFT_OUT = {
     "nan_skipped": "attribution holds a NaN",
     "flat_skipped": "attribution has one value at all positions",
+    "unlabelled": "row of labels is all 0",
     "unmarked": "evidence is nothing or the whole image",
 }
 

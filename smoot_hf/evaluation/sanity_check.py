@@ -13,7 +13,7 @@ from ..functional.removal import check_choice
 from ..models.logits import AttributionScore, LogitsModel
 from ..models.state import model_device, untouched
 from .attributions import Method, attribute
-from .ranked_batches import Collator, autocast, data_batches
+from .ranked_batches import Collator, DataBatch, autocast, check_labels, data_batches, explained
 
 Randomization = Literal["full", "cascading"]
 
@@ -69,7 +69,8 @@ def randomized_weights_correlation(
 ) -> WeightRandomization:
     """Rank correlation of a model's attributions with those of the same architecture with re-initialised weights.
 
-    An attribution that stays the same depends on the images alone, and not on what the model has learned.
+    An attribution that stays the same depends on the images alone, and not on what the model has learned. Both explain
+    the labels; of an image without any, of a multi-label model, the highest output of the trained one.
 
     Args:
         model: as in `evaluate_faithfulness`, like every argument that is not listed here. It works on a copy.
@@ -96,6 +97,7 @@ def randomized_weights_correlation(
             back as they were, or a data set that `data_batches` refuses.
     """
     check_choice("randomization", randomization, Randomization)
+    given = LogitsModel(model, input_pipeline and input_pipeline.resize)
     options: dict[str, Any] = {"method": attribution, "score": score, "signed": signed, "seed": seed}
 
     def maps(judged: nn.Module, title: str) -> Tensor:
@@ -109,10 +111,11 @@ def randomized_weights_correlation(
             batch_size=batch_size,
             title=title,
         )
+        targets = ((batch, _target(given, batch)) for batch in batches)
         return torch.cat(
             [
-                attribute(scorer, batch.images, batch.labels, batch.sample_idx, batch_size=batch_size, **options)
-                for batch in batches
+                attribute(scorer, batch.images, target, batch.sample_idx, batch_size=batch_size, **options)
+                for batch, target in targets
             ]
         )
 
@@ -131,6 +134,16 @@ def randomized_weights_correlation(
     return WeightRandomization(
         randomization, tuple(name for name, _ in stages), torch.stack(correlations), len(trained)
     )
+
+
+@torch.no_grad()
+def _target(trained: LogitsModel, batch: DataBatch) -> Tensor:
+    """The labels as `attribute` takes them."""
+    if not trained.is_multi_label:
+        return batch.labels
+    outputs = trained(batch.images)
+    check_labels(batch.labels, outputs.shape[1])
+    return explained(outputs, batch.labels, is_multi_label=True)
 
 
 def _copied(model: nn.Module) -> nn.Module:

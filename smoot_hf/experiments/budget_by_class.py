@@ -22,16 +22,16 @@ class ClassBudget(NamedTuple):
 
 
 def by_class(budget: MaskBudget, images: Any) -> list[ClassBudget]:
-    """K of every class that has images, by rising median.
+    """K of every class that has images, by rising median. An image of several labels counts for each of them.
 
     Args:
         budget: of the training images.
-        images: their data set, with `labels` (n,) and `label_names`.
+        images: their data set, with `labels` (n,), or (n, classes) of 0 and 1, and `label_names`.
     """
     k = budget.k.numpy()
     found = []
     for number, label in enumerate(images.label_names):
-        rows = np.flatnonzero(images.labels == number)
+        rows = np.flatnonzero(images.labels == number if images.labels.ndim == 1 else images.labels[:, number] > 0)
         rows = rows[np.argsort(k[rows], kind="stable")]
         if len(rows):
             found.append(ClassBudget(label, rows, k[rows]))

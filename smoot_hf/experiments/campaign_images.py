@@ -31,7 +31,7 @@ class Data:
             standard training takes; 0: not measured.
     """
 
-    planted: Literal["plain", "block", "block-fixed", "pair", "on-photo", "decoy"] = "block"
+    planted: Literal["plain", "block", "block-fixed", "pair", "on-photo", "decoy", "several"] = "block"
     source: str = "digits"
     partners: str = ""
     photos: str = "scikit-learn"

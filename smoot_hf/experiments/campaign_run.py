@@ -22,9 +22,11 @@ from transformers import set_seed
 from .. import functional as SF
 from ..evaluation.diff_roar import diff_roar
 from ..models import PaperCnnConfig, PaperCnnForImageClassification
+from ..models.logits import MULTI_LABEL
 from ..training import MaskBudget, SmootSettings, SmootTrainingArguments, masked_step
 from ..training.allocator import freed_memory_kept
 from ..training.clean_pass import CleanPass, shared_pass
+from ..training.problem import problem_of
 from .campaign_images import Data, Splits, make_splits
 from .campaign_scores import judge, measure_briefly
 from .small_cnn import SmallCnn
@@ -106,6 +108,9 @@ class Plan:
             raise ValueError(
                 f"{self.name}: masked_outside_evidence needs method='sgt', ranking by magnitude and planted evidence"
             )
+        is_plain = controls == Controls(optimizer=controls.optimizer)
+        if self.images().planted == "several" and not (is_plain and self.network == "paper"):
+            raise ValueError(f"{self.name}: planted='several' needs network='paper', and no control but the optimizer")
         if (controls.gradient_penalty or controls.adversarial_epsilon) and method != "standard":
             raise ValueError(f"{self.name}: gradient_penalty and adversarial_epsilon go with method='standard'")
         return controls
@@ -119,7 +124,12 @@ class Plan:
         unknown = sorted(set(self.data) - set(_names(Data)))
         if unknown:
             raise ValueError(f"data has no entry {unknown[0]!r}, only {', '.join(_names(Data))}")
-        return Data(**self.data)
+        data = Data(**self.data)
+        of_one_label = ("gap_samples", "history_samples", "tables", "roar_kept")
+        measured = [name for name in of_one_label if data.planted == "several" and getattr(data, name)]
+        if measured:
+            raise ValueError(f"{measured[0]} is of images with one label: set it to 0 for planted='several'")
+        return data
 
 
 def run(plan: Plan, weights: Path | None = None, device: str = "cpu") -> dict[str, Any]:
@@ -184,11 +194,15 @@ def make_network(network: str, splits: Splits) -> nn.Module:
     Raises:
         ValueError: an unknown network.
     """
+    several = splits.train.labels.ndim == 2
     classes = int(max(splits.train.labels.max(), splits.test.labels.max())) + 1
+    if several:
+        classes = splits.train.labels.shape[1]
     channels, height, width = splits.train.image_shape
     model: nn.Module
     if network == "paper":
         config = PaperCnnConfig(image_size=[height, width], num_channels=channels, num_labels=classes)
+        config.problem_type = MULTI_LABEL if several else None
         model = PaperCnnForImageClassification(config)
     elif network == "small":
         model = SmallCnn(splits.train.image_shape, classes)
@@ -211,7 +225,7 @@ def train(
     Args:
         model: with an output that has `logits`.
         images: float (N, C, H, W), normalised, on the device of the model, as are labels and evidence.
-        labels: int64 (N,).
+        labels: int64 (N,), or of a multi-label model (N, classes).
         args: method and settings.
         controls: of the comparison.
         after_epoch: called after every epoch; may put the model in eval mode.
@@ -286,7 +300,7 @@ def _standard_loss(
     if controls.gradient_penalty:
         ce, gradient = _input_gradient(model, images, labels, keep=True)
         return ce.mean() + controls.gradient_penalty * gradient.square().sum(dim=(1, 2, 3)).mean()
-    return SF.classification_loss(model(pixel_values=images).logits, labels, args.label_smoothing_factor).mean()
+    return problem_of(model).loss(model(pixel_values=images).logits, labels, args.label_smoothing_factor).mean()
 
 
 def _input_gradient(model: nn.Module, images: Tensor, labels: Tensor, keep: bool) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,13 @@ from .. import functional as SF
 from ..evaluation import evaluate_faithfulness, evaluate_localisation
 from ..evaluation.convention import resolve_convention
 from .campaign_images import Data, Splits
+from .label_maps import shares_by_part
 
 
 def judge(model: nn.Module, splits: Splits, data: Data) -> dict[str, Any]:
     """What is measured of a trained network; see `run`."""
+    if data.planted == "several":
+        return _judge_several(model, splits)
     result: dict[str, Any] = {}
     if data.planted == "plain":
         result["accuracy"] = _accuracy(model, splits)
@@ -32,6 +35,16 @@ def judge(model: nn.Module, splits: Splits, data: Data) -> dict[str, Any]:
     if data.tables:
         result["tables"] = paper_tables(model, splits, data)
     return result
+
+
+def _judge_several(model: nn.Module, splits: Splits) -> dict[str, Any]:
+    """Of several labels: the share of images with all of them right, mean average precision, the parts of the maps."""
+    logits, labels = _test_logits(model, splits, None)
+    return {
+        "accuracy": 100 * float(((logits > 0) == (labels > 0)).all(dim=1).double().mean()),
+        "mean_average_precision": 100 * float(SF.mean_average_precision(logits, labels)),
+        "localisation": {"scores": shares_by_part(model, splits.test, splits.pipeline)},
+    }
 
 
 def paper_tables(model: nn.Module, splits: Splits, data: Data) -> dict[str, float]:

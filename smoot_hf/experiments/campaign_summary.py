@@ -43,8 +43,8 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired |
 
 def value_of(result: Result, measure: str) -> float | None:
     """A number of a run by the name of its column; `None` where it was not measured."""
-    if measure == "accuracy":
-        return result["accuracy"]
+    if measure in ("accuracy", "mean_average_precision"):
+        return result.get(measure)
     if measure in ("gap", "auc"):
         return result["deletion"][measure] if "deletion" in result else None
     if measure == "diff_roar":
@@ -81,7 +81,8 @@ def summary(results: Sequence[Result], score: str, against: str) -> str:
     by_setting = group(results)
     if against not in by_setting:
         raise ValueError(f"no finished run of the setting {against!r}: there are {', '.join(by_setting) or 'none'}")
-    measures = [name for name in (score, "accuracy", "gap", "diff_roar") if values_of(by_setting[against], name)]
+    others = ("accuracy", "mean_average_precision", "gap", "diff_roar")
+    measures = [name for name in (score, *others) if values_of(by_setting[against], name)]
     head = ["setting", *(f"{name}; minus {against}" for name in measures), "K min / median / max", "CPU s"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for name, runs in by_setting.items():

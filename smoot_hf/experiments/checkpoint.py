@@ -13,6 +13,7 @@ from ..data.decoded_images import DecodedImages
 from ..errors import first_line
 from ..fingerprint import fingerprints_differ
 from ..models.class_names import match_numbering
+from ..models.logits import refuse_multi_label
 from ..training import MaskBudget
 from ..training.checkpoint_folder import newest_whole_checkpoint
 from ..training.mask_budget_file import MASK_BUDGET_NAME
@@ -37,10 +38,11 @@ def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) 
         device: where the model goes.
 
     Raises:
-        ValueError: the model belongs to other data.
+        ValueError: the model belongs to other data, or has several labels for an image.
         OSError: no such checkpoint.
     """
     model, pipeline = read_checkpoint(name, device)
+    refuse_multi_label(model, f"{name}: this command shows and measures")
     _check_fit(name, model, pipeline, test)
     return Checkpoint(model, replace(pipeline, is_resized=test.is_resized))
 

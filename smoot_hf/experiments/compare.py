@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     args, recipe = plans[0]
     try:
         train_images, test = load_data(args, recipe)
+        if test.is_multi_label:
+            raise ValueError(
+                "several labels are not compared here: take `smoot-hf campaign recipes/campaigns/several-digits.toml`"
+            )
         runs = read_runs(options.runs) if options.runs else known_runs(plans)
         check_comparable(runs, train_images, recipe.dataset)
         for run in runs:

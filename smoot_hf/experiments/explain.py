@@ -8,7 +8,8 @@ CHECKPOINT is the folder of a run of `smoot-hf train`, of a saved model, or a Hu
 transformers or timm; IMAGE is an image file of any size. For each of them one PNG is written into the output folder:
 the photograph as the model gets it, resized and cropped by its own image processor, and over it the heat map of every
 attribution for the class that the model predicts. `explanations.json` lists the five most probable classes of each
-image, and the files.
+image, and the files. Of a model with several labels for an image every label of a probability above one half is listed
+and has heat maps of its own, or the most probable one where there is none.
 
 The colours of a heat map end at the 99th percentile of its values, so that single pixels do not outshine the others.
 attention_rollout needs a ViT of transformers, and deep_lift a network of ReLU modules.

@@ -23,7 +23,7 @@ from ..evaluation.ranked_batches import DataBatch, rank_batch
 from ..functional.perturbation import has_prediction, measure_outputs, perturbed_outputs
 from ..functional.removal import Fill, even_fractions, removal_ranks, removed_counts
 from ..markup import figure_text
-from ..models.logits import LogitsModel
+from ..models.logits import LogitsModel, refuse_multi_label
 from ..models.state import model_device, untouched
 from .checkpoint import Checkpoint
 
@@ -71,9 +71,10 @@ def explain(
         attribution: what ranks the pixels.
 
     Raises:
-        ValueError: the attribution cannot explain the model.
+        ValueError: the attribution cannot explain the model, or the model has several labels for an image.
     """
     model, pipeline = checkpoint
+    refuse_multi_label(model, "the page follows")
     convention = resolve_convention(CONVENTION, attribution, fill=fill)
     device = model_device(model)
     nothing = torch.zeros(1, dtype=torch.int64, device=device)

@@ -83,12 +83,12 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Split to evaluate on (default: the first of test, validation, valid, val with labels)."},
     )
-    planted: Literal["plain", "block", "block-fixed", "decoy"] = field(
+    planted: Literal["plain", "block", "block-fixed", "decoy", "several"] = field(
         default="plain",
         metadata={
             "help": "Plant evidence whose place is known, for small images: each above or below a block that says "
-            "nothing (block), always above it (block-fixed), or with a corner patch that leaks the label in training "
-            "(decoy). plain: do not."
+            "nothing (block), always above it (block-fixed), with a corner patch that leaks the label in training "
+            "(decoy), or up to three in one image of several labels (several). plain: do not."
         },
     )
     max_train_samples: int | None = field(
@@ -109,6 +109,18 @@ class RecipeArguments:
         default=0, metadata={"help": "Augmentation: random crops after padding each side by this many black pixels."}
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "Augmentation: mirror half of the images."})
+    mixup: float = field(
+        default=0.0,
+        metadata={"help": "Augmentation: mixup, its alpha (0.8 for DeiT). It makes the labels soft; 0: none."},
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata={"help": "Augmentation: CutMix, its alpha (1.0 for DeiT); with --mixup, one of both for each batch."},
+    )
+    random_erasing: float = field(
+        default=0.0,
+        metadata={"help": "Augmentation: erase a rectangle with this probability; with --mixup or --cutmix."},
+    )
 
     @property
     def data_name(self) -> str:

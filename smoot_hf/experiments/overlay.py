@@ -1,7 +1,7 @@
-"""Overlays: photographs of anybody's, and over each the heat map of every attribution for the class predicted."""
+"""Overlays: photographs of anybody's, and over each the heat map of every attribution for what is predicted."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +10,13 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..evaluation.attributions import Method, attribute
 from ..functional.perturbation import has_prediction
 from ..markup import figure_text
 from ..models.class_names import class_names
-from ..models.logits import LogitsModel
+from ..models.logits import LogitsModel, is_multi_label
 from ..models.state import model_device, model_dtype, untouched
 from .checkpoint import Checkpoint
 from .explanation import read_photograph
@@ -31,18 +32,29 @@ _LEAST_OPAQUE, _MOST_OPAQUE = 0.25, 0.75
 _PANEL, _MOST_COLUMNS, _DPI = 3.0, 4, 120
 
 
+class HeatMap(NamedTuple):
+    """What an attribution says of one class: its values are (H, W).
+
+    The title is that of its panel: the attribution, and of a multi-label model the label before it.
+    """
+
+    title: str
+    values: Tensor
+
+
 class Overlay(NamedTuple):
     """One photograph explained.
 
     Attributes:
         picture: uint8 (H, W, C), the photograph as the model gets it.
-        predictions: the most probable classes with their probabilities, in falling order.
-        maps: attribution -> (H, W), for the first class.
+        predictions: the most probable classes with their probabilities, in falling order; of a multi-label model all
+            labels of a probability above one half, or the one of the highest.
+        maps: of every attribution for the first class, or for each of the labels of a multi-label model.
     """
 
     picture: np.ndarray
     predictions: list[tuple[str, float]]
-    maps: dict[str, Tensor]
+    maps: list[HeatMap]
 
 
 def write_overlays(
@@ -65,6 +77,7 @@ def write_overlays(
     output.mkdir(parents=True, exist_ok=True)
     failed: dict[Path, str] = {}
     entries: list[dict[str, Any]] = []
+    has_several = is_multi_label(checkpoint.model)
     for image in images:
         try:
             pixels = read_photograph(image, len(checkpoint.pipeline.mean))
@@ -74,8 +87,9 @@ def write_overlays(
         overlay = explain_photograph(checkpoint, pixels, attributions)
         file = _free_name(image, {entry["file"] for entry in entries})
         draw_overlay(overlay, image.name).savefig(output / file, dpi=_DPI)
-        (label, probability), *_ = overlay.predictions
-        print(f"{image}: {label}, {probability:.1%}; {output / file}", flush=True)
+        said = overlay.predictions if has_several else overlay.predictions[:1]
+        labels = ", ".join(f"{label}, {probability:.1%}" for label, probability in said)
+        print(f"{image}: {labels}; {output / file}", flush=True)
         named = [{"label": label, "probability": probability} for label, probability in overlay.predictions]
         entries.append({"image": str(image), "file": file, "predictions": named})
     unread = [{"image": str(image), "reason": reason} for image, reason in failed.items()]
@@ -110,19 +124,30 @@ def explain_photograph(checkpoint: Checkpoint, pixels: Tensor, attributions: Seq
             logits = scorer(images)
         if not bool(has_prediction(logits).all()):
             raise ValueError("the model's outputs hold a NaN or an infinity: it predicts nothing to explain")
-        probabilities, classes = logits[0].double().softmax(dim=0).topk(min(_PREDICTIONS, logits.shape[1]))
+        probabilities, classes = _predicted(logits[0].double(), scorer.is_multi_label)
         row = torch.zeros(1, dtype=torch.int64, device=device)
-        maps: dict[str, Tensor] = {
-            name: attribute(scorer, images, classes[:1], row, method=name, batch_size=_BATCH_SIZE)[0].float().cpu()
-            for name in attributions
-        }
+
+        labels = class_names(model.config)
+        maps = []
+        for label in classes if scorer.is_multi_label else classes[:1]:
+            target = (one_hot(label, logits.shape[1]) if scorer.is_multi_label else label)[None]
+            name = f"{figure_text(labels[int(label)], 28)}, " if scorer.is_multi_label else ""
+            for method in attributions:
+                values = attribute(scorer, images, target, row, method=method, batch_size=_BATCH_SIZE)
+                maps.append(HeatMap(name + method.replace("_", " "), values[0].float().cpu()))
     mean, std = (torch.tensor(values)[:, None, None] for values in (pipeline.mean, pipeline.std))
     shown = ((prepared[0].cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    labels = class_names(model.config)
     predictions = [
         (labels[index], value) for index, value in zip(classes.tolist(), probabilities.tolist(), strict=True)
     ]
     return Overlay(shown.permute(1, 2, 0).numpy(), predictions, maps)
+
+
+def _predicted(logits: Tensor, has_several: bool) -> tuple[Tensor, Tensor]:
+    """Probabilities and classes of `Overlay.predictions`, of logits (classes,)."""
+    if not has_several:
+        return logits.softmax(dim=0).topk(min(_PREDICTIONS, len(logits)))
+    return logits.sigmoid().topk(max(1, int((logits > 0).sum())))
 
 
 def draw_overlay(overlay: Overlay, name: str) -> Figure:
@@ -137,15 +162,14 @@ def draw_overlay(overlay: Overlay, name: str) -> Figure:
     rows = -(-panels // columns)
     figure = Figure(figsize=(_PANEL * max(2, columns), _PANEL * rows + 0.7), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    pictures: Mapping[str, np.ndarray] = {
-        "photograph": overlay.picture.repeat(3, axis=2) if overlay.picture.shape[2] == 1 else overlay.picture,
-        **{attribution: heat_over(overlay.picture, values) for attribution, values in overlay.maps.items()},
-    }
+    photograph = overlay.picture.repeat(3, axis=2) if overlay.picture.shape[2] == 1 else overlay.picture
+    pictures = [("photograph", photograph)]
+    pictures += [(title, heat_over(overlay.picture, values)) for title, values in overlay.maps]
     for axes in grid.flat:
         axes.axis("off")
-    for axes, (title, picture) in zip(grid.flat, pictures.items(), strict=False):
+    for axes, (title, picture) in zip(grid.flat, pictures, strict=False):
         axes.imshow(picture)
-        axes.set_title(title.replace("_", " "), fontsize=10)
+        axes.set_title(title, fontsize=10)
     said = "; ".join(f"{figure_text(label, 28)} {100 * share:.0f} %" for label, share in overlay.predictions[:3])
     figure.suptitle(f"{figure_text(name, 40)}\n{said}", fontsize=11)
     return figure

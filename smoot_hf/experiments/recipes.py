@@ -48,9 +48,36 @@ RECIPES: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
     # Each digit above or below a block that says nothing: it is known where a map should point.
     "digits-block": {**_DIGITS, "planted": "block", "signed_saliency": False},
+    # Up to three digits in one image, with a label for each.
+    "several_digits": {
+        "dataset": "digits",
+        "model": "cnn",
+        "planted": "several",
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 15,
+        "per_device_train_batch_size": 32,
+        "rounding": "trunc",
+    },
     "mnist": _MNIST,
     "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},
     "cifar10": _CIFAR10,
+    # With the augmentation that DeiT itself is trained with; its labels are soft.
+    "cifar10-mixed": {
+        "dataset": "uoft-cs/cifar10",
+        "model": "deit-tiny",
+        "crop_padding": 4,
+        "horizontal_flip": True,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "random_erasing": 0.25,
+        "label_smoothing_factor": 0.1,
+        "learning_rate": 5e-4,
+        "weight_decay": 0.05,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 100,
+    },
     "cifar100": {**_CIFAR10, "dataset": "uoft-cs/cifar100", "label_column": "fine_label"},
     "photos": {
         "dataset": "photos",

@@ -48,7 +48,8 @@ def write_training_report(
     Args:
         path: of the file.
         trainer: after training; its data sets are `DecodedImages`.
-        predicted: int64 (n,), the class predicted for each test image; -1 where there is none.
+        predicted: int64 (n,), the class predicted for each test image, -1 where there is none; or of several labels
+            (n, classes), see `prediction.predicted`.
         faithfulness: of the test images, one for each convention; empty where it was not measured.
         facts: what the first table says of the run.
         with_saliency: whether saliency and deletion are shown.
@@ -56,9 +57,12 @@ def write_training_report(
     names, labels = trainer.train_dataset.label_names, trainer.eval_dataset.labels
     sections: dict[str, Callable[[], str]] = {
         "The run": lambda: pairs(facts),
-        "Accuracy by class": lambda: accuracy_table(labels, predicted, names),
-        "Confusion matrix": lambda: confusion(confusion_matrix(labels, predicted, len(names)), names),
     }
+    if trainer.eval_dataset.is_multi_label:
+        sections["Labels"] = lambda: label_table(labels, predicted, names)
+    else:
+        sections["Accuracy by class"] = lambda: accuracy_table(labels, predicted, names)
+        sections["Confusion matrix"] = lambda: confusion(confusion_matrix(labels, predicted, len(names)), names)
     budget = trainer.mask_budget
     if budget is not None and trainer.args.method == "smoot":
         sections["K over the epochs"] = lambda: budget_curve(Path(trainer.args.output_dir))
@@ -101,6 +105,28 @@ def accuracy_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[st
     left_out = len(order) - len(lines)
     note = [f"{left_out} classes of higher accuracy are left out."] if left_out else []
     return html_table(heads, {"Lowest accuracy first": lines}) + paragraphs(note)
+
+
+def label_table(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> str:
+    """Of several labels: how many test images have each, in how many it is found, and how often it is found rightly.
+
+    Args:
+        labels: (n, classes) of 0 and 1.
+        predicted: (n, classes): 1 for a label that is predicted.
+        names: of the classes.
+    """
+    has_label, is_found = labels > 0, predicted == 1
+    total, found, hits = (values.sum(axis=0) for values in (has_label, is_found, has_label & is_found))
+    order = sorted(np.flatnonzero(total).tolist(), key=lambda c: hits[c] / total[c])[:_MOST_CLASSES]
+    lines = [[names[c], str(total[c]), _of(hits[c], total[c]), _of(hits[c], found[c])] for c in order]
+    heads = ["Label", "Test images", "Found in them (recall)", "Right where found (precision)"]
+    left_out = int((total > 0).sum()) - len(lines)
+    note = [f"{left_out} labels that are found more often are left out."] if left_out else []
+    return html_table(heads, {"Least often found first": lines}) + paragraphs(note)
+
+
+def _of(count: int, total: int) -> str:
+    return f"{100 * count / total:.1f} % ({count} of {total})" if total else "–"
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> str:
@@ -196,7 +222,7 @@ def _explained(trainer: SmootTrainer, row: int) -> str:
     checkpoint = Checkpoint(trainer.model, trainer.input_pipeline)  # type: ignore[arg-type]  # every recipe has one
     overlay = explain_photograph(checkpoint, torch.as_tensor(test["pixel_values"]), ["gradient"])
     name = trainer.train_dataset.label_names[int(test["labels"])]
-    heat = (255 * heat_over(overlay.picture, overlay.maps["gradient"])).round().astype(np.uint8)
+    heat = (255 * heat_over(overlay.picture, overlay.maps[0].values)).round().astype(np.uint8)
     said = ", ".join(f"{escaped(label)} ({100 * share:.0f}&nbsp;%)" for label, share in overlay.predictions[:3])
     pictures = "".join(
         picture_html(_limited(picture), description)

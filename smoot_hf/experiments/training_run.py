@@ -16,6 +16,7 @@ from ..data.class_counts import describe_class_counts, imbalance
 from ..data.dataset import load_image_dataset
 from ..data.decoded_images import DecodedImages, decode_images
 from ..data.image_sizes import must_be_resized
+from ..data.mixing import Mixing
 from ..data.planted_evidence import plant_images
 from ..errors import PushError, first_line
 from ..evaluation import Faithfulness, Localisation, evaluate_faithfulness, evaluate_localisation
@@ -24,9 +25,11 @@ from ..evaluation.ranked_batches import evenly_spread
 from ..fingerprint import hub_revision
 from ..functional.removal import Fill
 from ..models.classifier import load_image_processor, load_model, load_pretrained_processor
+from ..models.logits import MULTI_LABEL, is_multi_label
 from ..training import SmootTrainer, SmootTrainingArguments
 from ..training.checkpoint_folder import RunIdentity, find_damage, newest_whole_checkpoint, refuse_other_runs
 from ..training.checkpoints import no_checkpoint
+from . import prediction
 from .arguments import make_parser, parse
 from .flags import RecipeArguments
 from .run import RecordBudget, RunRecord, SaveRecord
@@ -126,6 +129,8 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
         from_scratch=recipe.from_scratch,
         patch_size=recipe.patch_size,
     )
+    if train.is_multi_label:
+        model.config.problem_type = MULTI_LABEL
     if is_from_scratch(recipe):
         processor = load_image_processor(
             recipe.model,
@@ -140,9 +145,26 @@ def prepare(args: SmootTrainingArguments, recipe: RecipeArguments) -> Task:
     if recipe.convert_rgb or train.is_resized:
         processor.do_convert_rgb = True
     pipeline = InputPipeline.from_image_processor(
-        processor, crop_padding=recipe.crop_padding, horizontal_flip=recipe.horizontal_flip, seed=args.seed
+        processor,
+        crop_padding=recipe.crop_padding,
+        horizontal_flip=recipe.horizontal_flip,
+        mix=_make_mixing(recipe, model),
+        seed=args.seed,
     )
     return Task(model, processor, replace(pipeline, is_resized=train.is_resized), train, test)
+
+
+def _make_mixing(recipe: RecipeArguments, model: Any) -> Mixing | None:
+    """What the flags of a recipe say of mixing.
+
+    Raises:
+        ValueError: erasing without mixing, or a flag out of its range.
+    """
+    if not recipe.mixup and not recipe.cutmix:
+        if recipe.random_erasing:
+            raise ValueError(f"random_erasing={recipe.random_erasing} goes with mixup or cutmix: set one of them")
+        return None
+    return Mixing(model.config.num_labels, recipe.mixup, recipe.cutmix, recipe.random_erasing, is_multi_label(model))
 
 
 def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[DecodedImages, DecodedImages]:
@@ -225,22 +247,9 @@ def make_trainer(task: Task, args: SmootTrainingArguments, recipe: RecipeArgumen
         data_collator=DecodedImages.collate,
         input_pipeline=task.pipeline,
         processing_class=task.processor,
-        compute_metrics=accuracy,
+        compute_metrics=prediction.metrics,
         optimizer_cls_and_kwargs=optimizer,
     )
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of images whose highest logit is that of the label; logits that hold a NaN count as wrong."""
-    return {"accuracy": float(np.mean(predicted_classes(prediction) == prediction.label_ids))}
-
-
-def predicted_classes(prediction: EvalPrediction) -> np.ndarray:
-    """The class of the highest logit, int64 (n,); -1 where the logits hold a NaN."""
-    outputs = prediction.predictions
-    # Some models have further outputs; the logits of the class come first.
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    return np.where(np.isnan(logits).any(axis=-1), -1, logits.argmax(axis=-1))
 
 
 def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArguments) -> dict[str, float]:
@@ -264,14 +273,14 @@ def train(trainer: SmootTrainer, args: SmootTrainingArguments, recipe: RecipeArg
 
 
 def evaluate(trainer: SmootTrainer) -> tuple[dict[str, float], np.ndarray]:
-    """The metrics of the test images, and the class predicted for each of them, from one pass over them."""
+    """The metrics of the test images, and what is predicted for each of them, from one pass over them."""
     kept: list[np.ndarray] = []
 
-    def accuracy_and_classes(prediction: EvalPrediction) -> dict[str, float]:
-        kept.append(predicted_classes(prediction))
-        return accuracy(prediction)
+    def metrics_and_predicted(outputs: EvalPrediction) -> dict[str, float]:
+        kept.append(prediction.predicted(outputs))
+        return prediction.metrics(outputs)
 
-    compute_metrics, trainer.compute_metrics = trainer.compute_metrics, accuracy_and_classes
+    compute_metrics, trainer.compute_metrics = trainer.compute_metrics, metrics_and_predicted
     try:
         metrics = trainer.evaluate()
     finally:
@@ -285,6 +294,9 @@ def summary(
     """What a user wants to know at the end."""
     lines = {"method": args.method, "data, model": f"{recipe.data_name}, {recipe.model}"}
     lines["test accuracy"] = f"{metrics['eval_accuracy']:.2%} of {len(trainer.eval_dataset)} images"
+    if trainer.eval_dataset.is_multi_label:
+        lines["test accuracy"] += " with all labels right"
+        lines["test mAP"] = f"{metrics['eval_mean_average_precision']:.2%}"
     if trainer.mask_budget is not None:
         k, unit = trainer.mask_budget.statistics(), trainer.mask_budget.unit
         lines["K min/median/max"] = f"{k['k_min']:g} / {k['k_median']:g} / {k['k_max']:g} {unit} per training image"
@@ -338,7 +350,8 @@ def write_report(
         "method": args.method,
         "data": recipe.data_name,
         "model": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
-        "test accuracy": f"{np.mean(predicted == trainer.eval_dataset.labels):.2%} of {len(predicted)} images",
+        "test accuracy": f"{prediction.is_right(predicted, trainer.eval_dataset.labels).mean():.2%} of "
+        f"{len(predicted)} images{' with all labels right' if trainer.eval_dataset.is_multi_label else ''}",
         "training images": len(trainer.train_dataset),
         "epochs": f"{trainer.state.epoch or 0:g}",
         "seed": args.seed,
@@ -350,7 +363,13 @@ def write_report(
         from .training_report import write_training_report
 
         write_training_report(
-            path, trainer, predicted, faithfulness, facts=facts, with_saliency=bool(recipe.card_samples)
+            path,
+            trainer,
+            predicted,
+            faithfulness,
+            facts=facts,
+            # These sections explain the one class of an image; the card shows the saliency of several labels.
+            with_saliency=bool(recipe.card_samples) and not trainer.eval_dataset.is_multi_label,
         )
     except Exception as error:  # whatever it is, the model and its push come first
         logger.warning(f"{path} is not written: {first_line(error)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from .cells import cell_grid
 from .removal import Order, check_choice, removal_ranks, removed_counts
 
-Measure = Literal["accuracy", "probability", "output"]
+Measure = Literal["accuracy", "probability", "output", "label_probability"]
 
 # The activations of more images than this leave the caches of a CPU: on one core, 256 images by 64 took the paper's CNN
 # two thirds, and DeiT-tiny on 32x32 three quarters, of their time as a single batch.
@@ -95,25 +95,32 @@ def has_prediction(outputs: Tensor) -> Tensor:
 def measure_outputs(outputs: Tensor, target: Tensor, measure: Measure) -> Tensor:
     """What a curve shows of the outputs.
 
-    Outputs that predict no class (`has_prediction`) count as wrong: 0 in accuracy and probability.
+    Outputs that predict no class (`has_prediction`) count as wrong: 0 in accuracy and probabilities.
 
     Args:
         outputs: (B, S, classes).
-        target: int64 (B,), the class of each sample.
+        target: int64 (B,), the class of each sample; for `"label_probability"` (B, classes), above 0 for each of its
+            labels, of which it has at least one.
         measure: `"accuracy"`: 1 where the target has the highest output (of equal ones the first counts), else 0.
             `"probability"`: its softmax output. `"output"`: its output as it is, NaN included.
+            `"label_probability"`: the mean sigmoid output of the labels, of a classifier with several for an image.
 
     Returns:
         (B, S), in float32 or wider.
 
     Raises:
-        ValueError: an unknown measure, or a single class.
+        ValueError: an unknown measure, a single class, or a target of the other measures' shape.
     """
     check_choice("measure", measure, Measure)
     if outputs.shape[-1] < 2:
         raise ValueError(f"a curve needs at least 2 classes, got outputs of shape {tuple(outputs.shape)}")
+    _check_target(len(outputs), target, measure)
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     predicts = has_prediction(outputs)
+    if measure == "label_probability":
+        is_label = (target > 0).to(outputs.dtype)
+        mean = (outputs.sigmoid() * is_label[:, None]).sum(dim=-1) / is_label.sum(dim=-1, keepdim=True)
+        return mean.where(predicts, 0.0)
     if measure == "accuracy":
         return ((outputs.argmax(dim=-1) == target[:, None]) & predicts).to(outputs.dtype)
     if measure == "probability":
@@ -135,9 +142,11 @@ def check_attribution(images: Tensor, attribution: Tensor) -> None:
         raise ValueError("images must hold at least one image, got 0")
 
 
-def _check_target(images: Tensor, target: Tensor) -> None:
-    if tuple(target.shape) != (len(images),):
-        raise ValueError(f"target must have shape {(len(images),)}, got {tuple(target.shape)}")
+def _check_target(count: int, target: Tensor, measure: Measure) -> None:
+    is_multi_label = measure == "label_probability"
+    if target.ndim != 1 + is_multi_label or len(target) != count:
+        expected = f"({count}, classes)" if is_multi_label else f"({count},)"
+        raise ValueError(f"target must have shape {expected}, got {tuple(target.shape)}")
 
 
 def deletion_outputs(
@@ -205,7 +214,7 @@ def deletion_curve(
         score: (M, C, H, W) -> outputs (M, classes).
         images: (B, C, H, W).
         attribution: (B, H, W) of any real type; NaN is removed last.
-        target: int64 (B,), the class that is followed.
+        target: int64 (B,), the class that is followed; with `measure="label_probability"` (B, classes), the labels.
         fractions: S+1 rising fractions in [0, 1]; the point at `f` has floor(f * positions) of them removed, where the
             positions are the H * W pixels, or the cells.
         fill: broadcastable to the images, for example from `removal_fill`.
@@ -222,7 +231,7 @@ def deletion_curve(
         ValueError: shapes that do not match, no image, a complex attribution, a single class, or an argument out of
             range, as a cell that does not fit into the images.
     """
-    _check_target(images, target)
+    _check_target(len(images), target, measure)
     outputs = deletion_outputs(
         score, images, attribution, fractions, fill, order=order, cell=cell, chunk_size=chunk_size, known=known
     )
@@ -247,7 +256,7 @@ def insertion_curve(
     Arguments, result and errors are those of `deletion_curve`; the point at fraction `f` has floor(f * positions) of
     them in place, so that 0 is the fill alone and 1 the image as it is.
     """
-    _check_target(images, target)
+    _check_target(len(images), target, measure)
     outputs = insertion_outputs(
         score, images, attribution, fractions, fill, cell=cell, chunk_size=chunk_size, known=known
     )

@@ -1,6 +1,7 @@
 """Saliency: the gradient of a class score with respect to the pixels (Algorithm 2, line 1)."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -69,7 +70,7 @@ def class_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
     Raises:
         ValueError: `score` is neither of the two.
     """
-    _check_score(score)
+    check_score(score)
     of_target = logits.gather(1, target[:, None])
     if score == "logit":
         return of_target.squeeze(1)
@@ -83,18 +84,29 @@ def log_prob_derivative(logits: Tensor, target: Tensor) -> Tensor:
     """Derivative of log p_y with respect to the logits, exact where p_y is rounded to 1.
 
     It is 1 - p_y for the target and -p_j for the others; 1 - p_y is taken as the sum of the others' p_j, since the
-    difference is exactly 0 for a confident model, and the target's share of the saliency with it.
+    difference is exactly 0 for a confident model, and the target's share of the saliency with it. For soft labels it is
+    the derivative of the sum of w_j log p_j, which is w_j - p_j.
 
     Args:
         logits: (B, classes).
-        target: (B,) int64 class y of each sample.
+        target: int64 (B,), class y of each sample; or soft labels w (B, classes), of which a one-hot one gives what its
+            class gives, bit for bit.
 
     Returns:
         (B, classes), detached, in float32 or wider; minus the derivative of the cross-entropy.
     """
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    others = wide.softmax(dim=1).scatter(1, target[:, None], 0.0)
-    return (-others).scatter(1, target[:, None], others.sum(dim=1, keepdim=True))
+    if target.ndim == 1:
+        others = wide.softmax(dim=1).scatter(1, target[:, None], 0.0)
+        return (-others).scatter(1, target[:, None], others.sum(dim=1, keepdim=True))
+    weights = target.to(wide.dtype)
+    return _one_hot_apart(weights, weights - wide.softmax(dim=1), lambda hard: log_prob_derivative(wide, hard))
+
+
+def _one_hot_apart(weights: Tensor, of_soft: Tensor, of_hard: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B, classes): `of_soft`, and where a label is one-hot what `of_hard` gives for its class."""
+    largest, hard = weights.max(dim=1, keepdim=True)
+    return torch.where(largest == 1, of_hard(hard[:, 0]), of_soft)
 
 
 def ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tensor:
@@ -106,26 +118,57 @@ def ranking_score(logits: Tensor, target: Tensor, score: str = "logit") -> Tenso
     is. For float16 logits it is scaled to 2**8, the middle of what float16 holds above 1: the gradients of a deep
     network shrink on their way to the pixels, and below 2**-24 they vanish.
 
+    With soft labels it is the score weighted by them: the sum of w_j z_j, or of w_j log p_j, whose derivative w_j - p_j
+    is divided by its largest magnitude.
+
     Args:
         logits: (B, classes), at least two.
-        target: (B,) int64 class of each sample.
+        target: int64 (B,), class of each sample; or soft labels w (B, classes), of which a one-hot one gives what its
+            class gives, bit for bit.
         score: as in `class_score`.
 
     Returns:
-        (B,) in float32 or wider; its value means nothing, its gradient is that of `class_score` up to the factor.
+        (B,) in float32 or wider; its value means nothing, its gradient is that of the score up to the factor.
 
     Raises:
         ValueError: `score` is neither `"logit"` nor `"log_prob"`.
     """
-    _check_score(score)
-    factor = _FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+    check_score(score)
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    if target.ndim == 1:
+        return linear_score(logits, _hard_weight(wide, target, score))
+    weights = target.to(wide.dtype)
+    if score == "log_prob":
+        derivative = weights - wide.softmax(dim=1)
+        largest = derivative.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+        weights = _one_hot_apart(weights, derivative / largest, lambda hard: _hard_weight(wide, hard, score))
+    return linear_score(logits, weights)
+
+
+def _hard_weight(wide: Tensor, target: Tensor, score: str) -> Tensor:
+    """Derivative of the score of one class with respect to the logits, divided by 1 - p_y: (B, classes)."""
     weight = torch.zeros_like(wide)
     if score == "log_prob":
         weight = -wide.scatter(1, target[:, None], -math.inf).softmax(dim=1)
-    return (logits * (factor * weight.scatter(1, target[:, None], 1.0))).sum(dim=1)
+    return weight.scatter(1, target[:, None], 1.0)
 
 
-def _check_score(score: str) -> None:
+def linear_score(logits: Tensor, weight: Tensor) -> Tensor:
+    """The score (B,) whose derivative with respect to the logits is `weight`, scaled for float16 logits.
+
+    Args:
+        logits: (B, classes).
+        weight: (B, classes), without a graph.
+    """
+    factor = _FLOAT16_SCALE if logits.dtype == torch.float16 else 1.0
+    return (logits * (factor * weight)).sum(dim=1)
+
+
+def check_score(score: str) -> None:
+    """Refuse what is no score whose gradient is the saliency.
+
+    Raises:
+        ValueError: it is neither `"logit"` nor `"log_prob"`.
+    """
     if score not in ("logit", "log_prob"):
         raise ValueError(f"score must be 'logit' or 'log_prob', got {score!r}")

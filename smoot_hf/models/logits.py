@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..functional import class_score, multi_label_score
+
 
 def run_classifier(
     model: nn.Module,
@@ -111,6 +113,41 @@ def takes_pixel_values(model: nn.Module) -> bool:
 AttributionScore = Literal["logit", "log_prob"]
 
 
+MULTI_LABEL = "multi_label_classification"
+
+
+def config_value(model: nn.Module, name: str) -> Any:
+    """A value of the model's configuration, also where DDP or torch.compile wraps it; `None` without it."""
+    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def is_multi_label(model: nn.Module) -> bool:
+    """Whether an image may have several labels or none: where the model's configuration says so by `problem_type`.
+
+    Each output then has a sigmoid of its own. Models of all other kinds have exclusive classes and one softmax.
+    """
+    return config_value(model, "problem_type") == MULTI_LABEL
+
+
+def refuse_multi_label(model: nn.Module, what: str) -> None:
+    """Refuse a multi-label model where one class of each image is meant.
+
+    Args:
+        model: any.
+        what: the begin of the sentence that goes on with "the one class of an image".
+
+    Raises:
+        ValueError: it is one.
+    """
+    if is_multi_label(model):
+        raise ValueError(
+            f"{what} the one class of an image: a multi-label model is refused "
+            "(config.problem_type='multi_label_classification')"
+        )
+
+
 class LogitsModel(nn.Module):
     """A classifier as a function from images of native resolution to a plain tensor (B, classes).
 
@@ -131,6 +168,7 @@ class LogitsModel(nn.Module):
         self.model = model
         self.resize = resize
         self.by_name = takes_pixel_values(model)
+        self.is_multi_label = is_multi_label(model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of normalised images: (B, C, H, W) -> (B, classes)."""
@@ -144,15 +182,25 @@ class LogitsModel(nn.Module):
         return logits
 
 
+def target_score(logits: Tensor, target: Tensor, score: AttributionScore) -> Tensor:
+    """The scalar whose gradient explains a target: (B,).
+
+    Args:
+        logits: (B, classes).
+        target: int64 (B,), the class of each image; or of a multi-label model (B, classes), weights of its labels.
+        score: `"logit"`, or `"log_prob"` for the logarithm of the softmax, or sigmoid, output.
+    """
+    return class_score(logits, target, score) if target.ndim == 1 else multi_label_score(logits, target, score)
+
+
 class ScoreModel(nn.Module):
-    """The outputs whose gradient is taken: logits, or the log-softmax outputs, by class."""
+    """The scalar whose gradient is taken, of each image."""
 
     def __init__(self, logits_model: LogitsModel, score: AttributionScore):
         super().__init__()
         self.logits_model = logits_model
         self.score = score
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, classes)."""
-        logits = self.logits_model(images)
-        return logits if self.score == "logit" else logits.log_softmax(dim=1)
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        """(B, C, H, W) and the target of `target_score` -> (B,)."""
+        return target_score(self.logits_model(images), target, self.score)

@@ -86,7 +86,8 @@ class PaperCnnForImageClassification(PreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W) float, normalised, of the size that the configuration states.
-            labels: (B,) int64 classes; when given, the output has the mean cross-entropy as `loss`.
+            labels: (B,) int64 classes; when given, the output has the mean cross-entropy as `loss`. Of a configuration
+                with `problem_type="multi_label_classification"` (B, num_labels) of 0 and 1, and the binary one.
 
         Returns:
             `logits` (B, num_labels) and, with labels, `loss`.
@@ -105,5 +106,10 @@ class PaperCnnForImageClassification(PreTrainedModel):
         features = F.max_pool2d(self.convolution_2(F.relu(self.convolution_1(pixel_values))), 2)
         features = self.feature_dropout(F.relu(features)).flatten(1)
         logits = self.classifier(self.classifier_dropout(F.relu(self.hidden(features))))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else self._loss(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.problem_type == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)

@@ -4,6 +4,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +37,19 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a process holds a part of the tensor alone (a `DTensor`, as FSDP 2 and tensor parallelism make it)."""
+    """Whether a process holds a part of the tensor alone: FSDP 2, tensor parallelism, DeepSpeed's ZeRO 3."""
+    if hasattr(tensor, "ds_status"):
+        return True
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def is_run_together(trainer: Any) -> bool:
+    """Whether every pass of a trainer's model must be made by all processes, which gather its weights for it."""
+    return trainer.is_fsdp_enabled or any(map(is_sharded, trainer.model.parameters()))
 
 
 def _is_convolution_on_cpu(parameter: nn.Parameter) -> bool:

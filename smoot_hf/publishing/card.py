@@ -20,7 +20,7 @@ from ..errors import first_line, writing
 from ..evaluation.attributions import attribute
 from ..evaluation.faithfulness import Faithfulness
 from ..evaluation.localisation import Localisation
-from ..evaluation.ranked_batches import data_batches, evenly_spread, has_index
+from ..evaluation.ranked_batches import DataBatch, check_labels, data_batches, evenly_spread, has_index
 from ..evaluation.results import (
     Measurement,
     Results,
@@ -33,8 +33,8 @@ from ..evaluation.results import (
 from ..fingerprint import dataset_fingerprint, hub_revision
 from ..functional.perturbation import has_prediction
 from ..markup import markdown_code, markdown_link, markdown_text, one_line
-from ..models.logits import LogitsModel
-from ..models.state import untouched
+from ..models.logits import LogitsModel, is_multi_label
+from ..models.state import is_run_together, untouched
 from .figures import draw_budget, draw_curves, draw_saliency
 from .files import FIGURE_NAMES, FIGURES
 from .metadata import COLUMNS, LOCALISATION, metadata
@@ -153,6 +153,7 @@ def _beside_arguments(trainer: Any) -> dict[str, Any]:
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "crop_padding": getattr(pipeline, "crop_padding", None),
         "horizontal_flip": getattr(pipeline, "horizontal_flip", None),
+        "mix": None if getattr(pipeline, "mix", None) is None else repr(pipeline.mix),
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -221,6 +222,7 @@ def _about(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "processor_agrees": processor_agrees(trainer),
         "needs_code": bool(getattr(model, "_auto_class", None) or getattr(processor, "_auto_class", None)),
         "needs_timm": getattr(config, "model_type", None) == "timm_wrapper",
+        "is_multi_label": is_multi_label(model),
         "is_grey": getattr(config, "num_channels", 3) == 1,
     }
 
@@ -274,8 +276,8 @@ def _draw(budget: Any, faithfulness: Sequence[Faithfulness], examples: Examples 
 def _examples(trainer: Any) -> Examples | None:
     """Some evaluation images, spread evenly over the set; `None`, with a warning, where none can be had."""
     why = _no_examples(trainer.eval_dataset)
-    if trainer.is_fsdp_enabled:
-        why = "one process alone cannot run a model of FSDP"
+    if is_run_together(trainer):
+        why = "one process alone cannot run a sharded model"
     if why is None:
         try:
             return _explained_images(trainer)
@@ -308,6 +310,9 @@ def _explained_images(trainer: Any) -> Examples:
         batch = next(iter(batches))
         with torch.no_grad():
             outputs = scorer(batch.images)
+        if scorer.is_multi_label:
+            check_labels(batch.labels, outputs.shape[1])
+            return _labels_apart(scorer, batch, outputs)
         predicted = outputs.argmax(dim=1).where(has_prediction(outputs), -1)
         maps = attribute(scorer, batch.images, batch.labels, batch.sample_idx, batch_size=len(rows))
     names = {**(getattr(getattr(model, "config", None), "id2label", None) or {}), -1: "no class (NaN)"}
@@ -316,10 +321,33 @@ def _explained_images(trainer: Any) -> Examples:
         [str(names.get(label, label)), *([] if label == found else [f"predicted {names.get(found, found)}"])]
         for label, found in pairs
     ]
-    # Each picture over its own range: what normalisation did to it is not known without a pipeline.
-    pictures = batch.images.float().cpu()
+    return Examples(_pictures(batch.images), titles, maps.float().cpu())
+
+
+def _labels_apart(scorer: LogitsModel, batch: DataBatch, outputs: torch.Tensor) -> Examples:
+    """Of a multi-label model: an image once for each of its labels, with the map of that label alone.
+
+    Raises:
+        ValueError: none of the images has a label.
+    """
+    rows, labels = batch.labels.nonzero()[:_SHOWN_IMAGES].unbind(dim=1)
+    if not len(rows):
+        raise ValueError(f"none of {len(batch.labels)} images of eval_dataset has a label")
+    one_hot = torch.nn.functional.one_hot(labels, outputs.shape[1])
+    maps = attribute(scorer, batch.images[rows], one_hot, batch.sample_idx[rows], batch_size=len(rows))
+    names = getattr(scorer.model.config, "id2label", None) or {}
+    titles = [
+        [str(names.get(label, label)), *([] if is_predicted else ["not predicted"])]
+        for label, is_predicted in zip(labels.tolist(), (outputs[rows, labels] > 0).tolist(), strict=True)
+    ]
+    return Examples(_pictures(batch.images[rows]), titles, maps.float().cpu())
+
+
+def _pictures(images: torch.Tensor) -> torch.Tensor:
+    """In [0, 1], each over its own range: what normalisation did to it is not known without a pipeline."""
+    pictures = images.float().cpu()
     low, high = pictures.amin(dim=(1, 2, 3), keepdim=True), pictures.amax(dim=(1, 2, 3), keepdim=True)
-    return Examples((pictures - low) / (high - low).clamp_min(1e-6), titles, maps.float().cpu())
+    return (pictures - low) / (high - low).clamp_min(1e-6)
 
 
 def _no_examples(dataset: Any) -> str | None:

@@ -13,10 +13,13 @@ logger = logging.get_logger(__name__)
 # What the card calls the metrics, in its tables as well.
 COLUMNS = {
     "accuracy": "Accuracy (%)",
+    "mean_average_precision": "Mean average precision (%)",
+    "subset_accuracy": "Images with exactly the right labels (%)",
     "deletion_auc": "Deletion AUC (%, lower is better)",
     "random_auc": "The same in random order",
     "insertion_auc": "Insertion AUC (%, higher is better)",
     "gap": "Gap (higher is better)",
+    "mean_average_precision_auc": "Deletion AUC of the mean average precision (%, lower is better)",
 }
 LOCALISATION = {
     "outside_0.1": "Top 10 % of the saliency outside the evidence (%, lower is better)",
@@ -33,7 +36,8 @@ def metadata(results: Results, about: Mapping[str, Any], given: Mapping[str, Any
     """The head of the card; `model-index` holds every metric but the loss, for the Hub's leaderboards."""
     given_tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
     tasks = [given["tasks"]] if isinstance(given.get("tasks"), str) else list(given.get("tasks") or [])
-    tags = list(dict.fromkeys([*TAGS, results.settings["method"], *given_tags, *tasks, "generated_from_trainer"]))
+    kind = [*TAGS, "multi-label-classification"] if about["is_multi_label"] else TAGS
+    tags = list(dict.fromkeys([*kind, results.settings["method"], *given_tags, *tasks, "generated_from_trainer"]))
     evaluations = _evaluations(results, about)
     return ModelCardData(
         model_name=about["name"],
@@ -70,7 +74,8 @@ def _evaluations(results: Results, about: Mapping[str, Any]) -> list[EvalResult]
         for name, m in first.metrics.items()
         if m.unit == "as reported" and name != "loss"
     ]
-    names = {name: COLUMNS[name] for name in ("deletion_auc", "insertion_auc")} | LOCALISATION
+    names = {name: COLUMNS[name] for name in ("deletion_auc", "insertion_auc", "mean_average_precision_auc")}
+    names |= LOCALISATION
     for row in measured:
         found += [
             EvalResult(

@@ -79,6 +79,10 @@ class SmootTrainingArguments(TrainingArguments):
         num_train_samples: number of rows of a training set that is a stream (`datasets.IterableDataset`), each of which
             holds its index in [0, num_train_samples) under `sample_idx`. The training then counts epochs and resumes as
             with any other data set. Without effect on data sets that have a length.
+        mask_budget_sharded: with several processes, each holds the K of a range of the samples (`ShardedMaskBudget`) in
+            place of all of them: 4 GB divided by the number of processes for a billion samples. K and the checkpoints
+            are the same; checkpoints may be resumed with or without it, on any number of processes. Without effect on
+            one process and in standard training.
         keep_freed_memory: on a CPU with glibc, keep freed memory in the process during training, and give it back at
             the end. SMOOT frees and allocates twice as much in each step as standard training, and otherwise waits for
             the pages of the system: with the CNN on two cores a step took 2.34 times that of standard training in
@@ -121,6 +125,11 @@ class SmootTrainingArguments(TrainingArguments):
     )
     num_train_samples: int | None = _argument(
         None, "Rows of a training set that is a stream, each with its number under sample_idx (default: no stream)."
+    )
+    mask_budget_sharded: bool = _argument(
+        False,
+        "With several processes, each holds the K of a range of the samples in place of all of them (4 bytes each). "
+        "The results are the same.",
     )
     keep_freed_memory: bool = _argument(
         False,
@@ -206,7 +215,7 @@ class SmootTrainingArguments(TrainingArguments):
             ValueError: naming the field, its value and the range.
         """
         _ = self.settings
-        for name in ("overwrite_output_dir", "keep_freed_memory"):
+        for name in ("overwrite_output_dir", "keep_freed_memory", "mask_budget_sharded"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         # Of the Trainer's own as well, which it divides by, or passes on hours later.

@@ -95,7 +95,8 @@ def describe_model(model: nn.Module) -> str:
     # FSDP 2 gives a module a class of its own, derived from itself and from the module's.
     if kind.__name__.startswith("FSDP") and len(kind.__bases__) == 2:
         kind = kind.__bases__[1]
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in original.named_parameters()]
+    # ZeRO 3 leaves parameters without entries, and keeps their shapes.
+    shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in original.named_parameters()]
     return f"{kind.__name__}-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]}"
 
 
@@ -115,6 +116,8 @@ logger = logging.get_logger(__name__)
 # Files of torch.save; FSDP writes the optimizer's state and the weights under names of its own.
 FSDP_WEIGHTS_NAME, FSDP_OPTIMIZER_NAME = f"{FSDP_MODEL_NAME}.bin", "optimizer.bin"
 _ZIPPED = (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, FSDP_WEIGHTS_NAME, FSDP_OPTIMIZER_NAME)
+# Names the folder beside it that DeepSpeed has written, with a file of each process for its part of the optimizer.
+DEEPSPEED_LATEST_NAME = "latest"
 # How the files of weights begin: a model's, whole or in shards, an adapter's, and those of engines that shard.
 _WEIGHTS = ("model", "pytorch_model", "adapter_model", "global_step")
 
@@ -138,7 +141,7 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
     try:
         RunIdentity.load(folder)
         if MASK_BUDGET_NAME in names:
-            read_budget(os.path.join(folder, MASK_BUDGET_NAME))
+            read_budget(os.path.join(folder, MASK_BUDGET_NAME), range(0))
     except DamagedBudgetError as error:
         return f"{MASK_BUDGET_NAME} is damaged: {error.reason}"
     except DamagedIdentityError:
@@ -151,7 +154,45 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
             missing = sorted(set(json.load(file)["weight_map"].values()) - set(names))
         if missing:
             return f"it has no {missing[0]}"
-    return None
+    return _find_damage_of_deepspeed(folder, names) if DEEPSPEED_LATEST_NAME in names else None
+
+
+def _find_damage_of_deepspeed(folder: str | os.PathLike[str], names: Collection[str]) -> str | None:
+    """What the part that DeepSpeed writes of a checkpoint lacks; each process has left a random state beside it."""
+    with open(os.path.join(folder, DEEPSPEED_LATEST_NAME), encoding="utf-8") as file:
+        tag = file.read()
+    if not tag or tag not in names:
+        return f"it has no folder {tag!r}, which its file {DEEPSPEED_LATEST_NAME!r} names"
+    files = sorted(os.listdir(os.path.join(folder, tag)))
+    optimizers, models = ([name for name in files if name.endswith(f"_{of}_states.pt")] for of in ("optim", "model"))
+    processes = sum(name.startswith("rng_state") for name in names)
+    # Of the weights there is one file, or one of each process, where each holds a part of them (ZeRO 3).
+    weights = processes if any(name.startswith("zero_pp_rank") for name in models) else 1
+    if (len(optimizers), len(models)) != (processes, weights):
+        return (
+            f"{tag} is not whole: it has {len(optimizers)} states of the optimizer and {len(models)} of the model, of "
+            f"{processes} processes"
+        )
+    damaged = next((name for name in files if not zipfile.is_zipfile(os.path.join(folder, tag, name))), None)
+    return None if damaged is None else f"{tag}/{damaged} is damaged: it cannot be read to its end"
+
+
+def describe_engine_of(folder: str | os.PathLike[str]) -> str | None:
+    """By which ZeRO and how many processes a whole checkpoint was written; `None` where it is not DeepSpeed's."""
+    path = os.path.join(folder, DEEPSPEED_LATEST_NAME)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        files = os.listdir(os.path.join(folder, file.read()))
+    return describe_engine(
+        sum(name.endswith("_optim_states.pt") for name in files),
+        any(name.startswith("zero_pp_rank") and name.endswith("_model_states.pt") for name in files),
+    )
+
+
+def describe_engine(processes: int, shards_weights: bool) -> str:
+    """What two trainings by DeepSpeed must share for one to take up the other's checkpoints; ZeRO 1 and 2 do."""
+    return f"{'ZeRO 3' if shards_weights else 'ZeRO 1 or 2'} with a world size of {processes}"
 
 
 def _can_be_read(path: str) -> bool:
@@ -275,8 +316,13 @@ def refuse_other_runs(output_dir: str | os.PathLike[str], known: Collection[str]
             )
 
 
-def require_one_content(digest: str, path: str, accelerator: Accelerator) -> None:
+def require_one_content(digest: str | None, path: str, accelerator: Accelerator) -> None:
     """Let the processes, on whatever machines, compare what they have read; they call this together.
+
+    Args:
+        digest: of what this process has read, `None` where it has found nothing.
+        path: of the file.
+        accelerator: of the training.
 
     Raises:
         ValueError: they have not read the same.

@@ -22,6 +22,8 @@ from .checkpoint_folder import (
     RUN_IDENTITY_NAME,
     RunIdentity,
     begin_checkpoint,
+    describe_engine,
+    describe_engine_of,
     describe_model,
     find_damage,
     newest_whole_checkpoint,
@@ -80,6 +82,8 @@ class CheckpointTrainer(Trainer):
             # The seed of a trial is not known yet.
             if trial is None:
                 self._require_same_run(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            self._require_same_engine(resume_from_checkpoint)
         self._resumed_from, self._trial = resume_from_checkpoint or None, trial
         return super().train(resume_from_checkpoint, trial, *args, **kwargs)
 
@@ -109,6 +113,29 @@ class CheckpointTrainer(Trainer):
             )
         if found.method != asked.method:
             logger.warning(f"{checkpoint} was trained with method={found.method!r}: the rest is {asked.method!r}")
+
+    def _require_same_engine(self, checkpoint: str) -> None:
+        """Refuse a checkpoint whose weights and optimizer were written by another engine than is to read them."""
+        is_of_fsdp, deepspeed = (
+            os.path.isfile(os.path.join(checkpoint, FSDP_WEIGHTS_NAME)),
+            describe_engine_of(checkpoint),
+        )
+        engines = {
+            "FSDP": (is_of_fsdp, self.is_fsdp_enabled),
+            "DeepSpeed": (deepspeed is not None, self.is_deepspeed_enabled),
+        }
+        remedy = "resume as it was begun, or begin a new training with its weights, by from_pretrained"
+        for engine, (is_there, is_here) in engines.items():
+            if is_there != is_here:
+                there, here = ("with", "without") if is_there else ("without", "with")
+                raise ValueError(
+                    f"{checkpoint} was written {there} {engine}, and this training runs {here} it: {remedy}"
+                )
+        if self.is_deepspeed_enabled:
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage
+            own = describe_engine(self.accelerator.num_processes, shards_weights=stage == 3)
+            if deepspeed != own:
+                raise ValueError(f"{checkpoint} was written by {deepspeed}, and this training runs {own}: {remedy}")
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Every training starts here: by `train`, for each trial of a search, and again for each batch size tried."""
@@ -195,13 +222,6 @@ class CheckpointTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        is_of_fsdp = os.path.isfile(os.path.join(resume_from_checkpoint, FSDP_WEIGHTS_NAME))
-        if is_of_fsdp != self.is_fsdp_enabled:
-            there, here = ("with", "without") if is_of_fsdp else ("without", "with")
-            raise ValueError(
-                f"{resume_from_checkpoint} was written {there} FSDP, and this training runs {here} it: resume as it "
-                "was begun, or begin a new training with its weights, by from_pretrained"
-            )
         if not self.is_fsdp_enabled and has_other_names(self.model, resume_from_checkpoint):
             load_translated(self.model, resume_from_checkpoint)
         else:
@@ -209,7 +229,8 @@ class CheckpointTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if not self.is_fsdp_enabled and has_other_names(self.model, best):
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not is_sharded and has_other_names(self.model, best):
             load_translated(self.model, best)
         else:
             super()._load_best_model()

@@ -10,24 +10,23 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import ModelOutput, logging
 
 from ..errors import first_line
 from ..evaluation.ranked_batches import has_index
-from ..functional import classification_loss
-from ..models.logits import logits_of
-from ..models.state import is_sharded, untouched
+from ..models.logits import MULTI_LABEL, is_multi_label, logits_of
+from ..models.state import untouched
 from .clean_pass import runs_cuda_graphs
+from .labels import find_fault
 from .mask_budget import MaskBudget
+from .parallelism import refuse_model_parallelism, refuse_parallelism
+from .problem import problem_of
 from .sample_stream import HOW_TO_INDEX
 from .settings import SmootSettings
 
 logger = logging.get_logger(__name__)
-
-_DDP = "Several processes work through DDP: `torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu`"
 
 _OWN_LOSS = (
     "That loss is not used: training is by the cross-entropy of the logits. To train by another one, pass it as "
@@ -37,8 +36,6 @@ _OWN_LOSS = (
 _FARTHEST: dict[str, Callable[[float], int]] = {"floor": math.ceil, "trunc": math.floor, "nearest": round}
 # A share of the positions below which it makes no difference whether K has moved.
 _NOTICEABLE_MOVE = 0.01
-# The sizes of accelerate's ParallelismConfig that split a model or a sample over processes.
-_SHARED = ("tp_size", "cp_size", "sp_size", "dp_shard_size")
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
@@ -47,7 +44,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
     Raises:
         ValueError: naming what is refused, the reason, and what to do instead.
     """
-    refuse_model_parallelism(trainer.model, trainer.accelerator.parallelism_config, trainer.is_fsdp_enabled)
+    is_sharded_here = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    refuse_model_parallelism(trainer.model, trainer.accelerator.parallelism_config, is_sharded_here)
     _refuse_model(trainer)
     _refuse_forward(trainer.model)
     _refuse_precision(trainer.accelerator)
@@ -58,49 +56,22 @@ def refuse_unsupported(trainer: Trainer) -> None:
     _refuse_count(trainer.train_dataset, trainer.args.num_train_samples)
     if trainer.args.method != "standard":
         _refuse_training_set(trainer.train_dataset, trainer.args.num_train_samples)
-        _refuse_parallelism(trainer)
+        refuse_parallelism(trainer)
         _refuse_graphs_of_shares(trainer)
-
-
-def refuse_model_parallelism(model: Any, config: Any, is_fsdp_enabled: bool = False) -> None:
-    """Raise where one sample is shared by several processes, or a parameter is, whatever made it so.
-
-    The loss is multiplied by the number of processes, each of which must see samples of its own and the whole model.
-
-    Args:
-        model: `None` where it is not built yet.
-        config: `ParallelismConfig` of accelerate, or `None`.
-        is_fsdp_enabled: the Trainer has sharded the parameters itself, over samples of their own.
-
-    Raises:
-        ValueError: naming what is shared.
-    """
-    found = [f"{name}={size}" for name in _SHARED if (size := getattr(config, name, None) or 1) > 1]
-    tp_size = getattr(model, "_tp_size", None) or 1
-    if tp_size > 1:
-        found.append(f"model.tp_size={tp_size}")
-    if getattr(model, "is_distributed_loading_by_transformers", False):
-        found.append("a model loaded with a distributed_config")
-    if model is not None and not is_fsdp_enabled and (name := _first_sharded_parameter(model)):
-        found.append(f"the DTensor parameter {name}")
-    if found:
-        raise ValueError(
-            f"model parallelism is refused ({', '.join(found)}): loss and gradients have not been shown to be exact "
-            f"where processes share a model's parameters or a sample. Load the whole model on each. {_DDP}"
-        )
-
-
-def _first_sharded_parameter(model: nn.Module) -> str | None:
-    return next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
 
 
 def _refuse_model(trainer: Trainer) -> None:
     config = getattr(trainer.model, "config", None)
     problem_type = getattr(config, "problem_type", None)
-    if problem_type not in (None, "single_label_classification"):
+    if problem_type not in (None, "single_label_classification", MULTI_LABEL):
         raise ValueError(
-            f"problem_type={problem_type!r} is refused: the loss is a cross-entropy over exclusive classes and delta "
-            "ranks one softmax distribution. Use transformers.Trainer"
+            f"problem_type={problem_type!r} is refused: delta ranks the outputs of classes, of which a regression has "
+            "none. Use transformers.Trainer"
+        )
+    if is_multi_label(trainer.model) and trainer.args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={trainer.args.label_smoothing_factor} is for exclusive classes, and the model "
+            f"has problem_type={problem_type!r}: set it to 0"
         )
     num_labels = getattr(config, "num_labels", None)
     if num_labels is not None and num_labels < 2:
@@ -146,6 +117,24 @@ def _refuse_forward(model: Any) -> None:
         )
 
 
+def check_mixed_labels(pipeline: Any, labels: Tensor, multi_label: bool) -> None:
+    """Refuse what `InputPipeline.mix` has made of the labels of a batch; waits for the device.
+
+    Args:
+        pipeline: of the training, or `None`.
+        labels: int64 (B,), or (B, classes).
+        multi_label: whether an image may have several labels.
+
+    Raises:
+        ValueError: they are no soft labels.
+    """
+    if pipeline is None or pipeline.mix is None:
+        return
+    fault = find_fault(labels, None, multi_label)
+    if fault is not None:
+        raise ValueError(f"the labels that input_pipeline.mix makes must {fault.must}, but one is {fault.found}")
+
+
 def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_name: str, others: dict[str, Any]) -> None:
     """Warn where the model's forward computes a loss that is not the cross-entropy, for it is not trained by.
 
@@ -155,7 +144,7 @@ def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_nam
     Args:
         model: not wrapped.
         images: as the model takes them, (B, C, H, W).
-        labels: int64 (B,).
+        labels: int64 (B,), or (B, classes).
         label_name: of its argument for labels.
         others: further keyword arguments of the model.
     """
@@ -173,7 +162,7 @@ def warn_of_own_loss(model: nn.Module, images: Tensor, labels: Tensor, label_nam
     if own is None:
         return
     own = own.detach().float().mean()
-    ce = classification_loss(logits_of(outputs, len(images)), labels).mean()
+    ce = problem_of(model).loss(logits_of(outputs, len(images)), labels, 0.0).mean()
     if not torch.allclose(own, ce, rtol=0.01, atol=1e-4, equal_nan=True):
         logger.warning(
             f"{name} computes a loss of its own in its forward, {own:.4g} on the first batch, where the cross-entropy "
@@ -288,73 +277,6 @@ def _refuse_count(dataset: Any, num_train_samples: int | None) -> None:
         raise ValueError(
             f"num_train_samples={num_train_samples} is for streams, and train_dataset has {len(dataset)} samples: "
             "leave it away"
-        )
-
-
-def _refuse_fsdp(trainer: Trainer) -> None:
-    """Raise for every way of FSDP but the one that has been shown to be exact: version 2, whole states."""
-    accelerator = trainer.accelerator
-    # accelerate makes no plugin where it shards nothing.
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-        raise ValueError(
-            f"FSDP 1 is refused: its gradients have not been shown to be exact here. Set fsdp_config={{'version': 2}}. "
-            f"{_DDP}"
-        )
-    if accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError(
-            f"fsdp is set, but accelerate runs {accelerator.distributed_type.value} here, which shards nothing: on "
-            "CPUs, and with one process, leave fsdp away"
-        )
-    if "FULL" not in str(plugin.state_dict_type):
-        raise ValueError(
-            f"FSDP with {plugin.state_dict_type} is refused: save_model would write no weights, without an error. Set "
-            "fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}"
-        )
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    untried = {
-        "cpu_offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "activation_checkpointing": plugin.activation_checkpointing,
-        "fp16": accelerator.scaler is not None,
-        "torch_compile": trainer.args.torch_compile,
-        # Processes would gather weights as often as they have chosen samples, and wait for each other.
-        "masked_share below 1": trainer.args.masked_share < 1,
-    }
-    found = next((name for name, is_asked in untried.items() if is_asked), None)
-    if found is not None:
-        raise ValueError(f"FSDP with {found} is refused: the two have not been shown to be exact together. {_DDP}")
-
-
-def _refuse_parallelism(trainer: Trainer) -> None:
-    args, accelerator = trainer.args, trainer.accelerator
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"DataParallel over {args.n_gpu} GPUs is refused: it loses the gradients of torch.autograd.grad. Use "
-            f"`accelerate launch --num_processes {args.n_gpu}`, or CUDA_VISIBLE_DEVICES=0"
-        )
-    if getattr(trainer, "is_fsdp_enabled", False) or args.fsdp:
-        _refuse_fsdp(trainer)
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(f"DeepSpeed is refused: its engine has not been shown to give exact gradients here. {_DDP}")
-    if getattr(args, "ddp_static_graph", None):
-        raise ValueError(
-            "ddp_static_graph=True is refused: with the saliency's backward pass the gradients come out wrong. "
-            "Leave it away"
-        )
-    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        if (getattr(args, name, None) or {}).get("use_reentrant"):
-            raise ValueError(
-                f"{name}={{'use_reentrant': True}} is refused: reentrant checkpointing forbids torch.autograd.grad. "
-                "Leave it at its default, False"
-            )
-    if accelerator.dispatch_batches:
-        raise ValueError(
-            "dispatch_batches=True is refused: the batches must come from the data set of each process. Leave it away"
-        )
-    if accelerator.num_processes > 1 and not accelerator.even_batches:
-        raise ValueError(
-            "even_batches=False is refused with several processes: K is shared batch by batch. Leave it away"
         )
 
 

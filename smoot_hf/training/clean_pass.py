@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import functional as SF
 from ..functional.saliency import without_autocast
-from ..models.logits import no_logits, run_classifier
+from ..models.logits import config_value, no_logits, run_classifier
+from .problem import SINGLE_LABEL
 
 
 class CleanPass(NamedTuple):
@@ -25,7 +26,12 @@ class CleanPass(NamedTuple):
 
 
 def shared_pass(
-    model: nn.Module, pixel_values: Tensor, labels: Tensor | None, score: str, other_inputs: Mapping[str, Any]
+    model: nn.Module,
+    pixel_values: Tensor,
+    labels: Tensor | None,
+    score: str,
+    other_inputs: Mapping[str, Any],
+    ranking_score: Callable[[Tensor, Tensor | None, str], Tensor] = SINGLE_LABEL.ranking_score,
 ) -> CleanPass:
     """One forward pass for the loss and for the gradient of the score; the graph is kept.
 
@@ -35,12 +41,13 @@ def shared_pass(
     Args:
         model: its output has `logits`.
         pixel_values: float (B, C, H, W), requiring grad.
-        labels: int64 (B,), the class whose score it is; `None`: the predicted one.
-        score: `"logit"` or `"log_prob"`, as in `ranking_score`.
+        labels: those whose score it is, as the problem has them; `None`: the predicted ones.
+        score: `"logit"` or `"log_prob"`, as in `SF.ranking_score`.
         other_inputs: further keyword arguments of the model.
+        ranking_score: of the model's `Problem`.
     """
     outputs, logits = forward(model, pixel_values, other_inputs)
-    ranked = SF.ranking_score(logits, logits.argmax(dim=1) if labels is None else labels, score)
+    ranked = ranking_score(logits, labels, score)
     with without_autocast(pixel_values.device.type):
         (gradient,) = torch.autograd.grad(ranked.sum(), pixel_values, retain_graph=True)
     return CleanPass(outputs, logits, gradient)
@@ -86,7 +93,7 @@ def loss_pass(
     Args:
         model: as in `shared_pass`, as are the next two and `other_inputs`.
         pixel_values: as there.
-        labels: int64 (B,).
+        labels: int64 (B,), or soft ones (B, classes).
         other_inputs: as there.
         weights: the trained parameters.
 
@@ -126,7 +133,7 @@ def forward(model: nn.Module, pixel_values: Tensor, other_inputs: Mapping[str, A
     Raises:
         ValueError: it has none, is a bare tensor, or in training they carry no gradient.
     """
-    outputs, logits = run_classifier(model, pixel_values, other_inputs, num_labels=num_labels_of(model))
+    outputs, logits = run_classifier(model, pixel_values, other_inputs, num_labels=config_value(model, "num_labels"))
     if isinstance(outputs, Tensor):
         # The Trainer takes what is not a dict for a tuple that begins with the loss, and would lose the first image.
         raise ValueError(no_logits(outputs))
@@ -168,10 +175,3 @@ class _KnownGradients(torch.autograd.Function):
         # waiting for the device to say so.
         factor = torch.where((grad == grad[0]).all(), grad[0], math.nan)
         return None, None, *(None if known is None else known * factor for known in ctx.gradients)
-
-
-def num_labels_of(model: nn.Module) -> int | None:
-    """Number of classes by the configuration of the model, also where DDP or torch.compile wraps it."""
-    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return getattr(getattr(model, "config", None), "num_labels", None)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..data.input_pipeline import InputPipeline
 from ..evaluation.ranked_batches import has_index
 from ..models.classifier import vision_config
+from ..models.logits import is_multi_label
 from .arguments import SmootTrainingArguments
 from .publishing import PublishingTrainer
 from .sample_index import SAMPLE_IDX, IndexedCollator, IndexedDataset
@@ -81,7 +82,10 @@ class IndexingTrainer(PublishingTrainer):
         uint8 = self.input_pipeline is not None
         # accelerate takes the batches of a stream apart, and could do that with tensors alone.
         keeps_rows = self.args.masked_share < 1 and has_index(original)
-        indexed = IndexedCollator(collator, self.label_names[0], num_labels, num_channels, uint8, removed, keeps_rows)
+        multi_label = is_multi_label(self.model)
+        indexed = IndexedCollator(
+            collator, self.label_names[0], num_labels, multi_label, num_channels, uint8, removed, keeps_rows
+        )
         return IndexedDataset(kept, removed), indexed
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:

@@ -1,11 +1,10 @@
 """The mask budget: K of every training sample, its bounds, its statistics, and its moves that wait for the weights."""
 
-import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 
 from .. import functional as SF
 from ..fingerprint import fingerprints_differ
-from .mask_budget_file import BEFORE_CELLS, read_budget, require_origin, write_budget
+from .mask_budget_file import BEFORE_CELLS, PIECE, read_budget, require_origin, write_budget
 from .settings import SmootSettings
 
 # What a K stands for: so many positions, by this ranking, may be replaced in this way. How it moves (step_size, alpha
@@ -34,10 +33,11 @@ class MaskBudget:
 
     Positions are the H*W pixels of an image or, with `mask_cell` above 1, its cells of p x p pixels.
 
-    It stores one int32 for each sample (4 GB for a billion samples). Reading and updating a batch costs time in
-    proportion to the batch, whatever the size of the training set. In an epoch, K of a sample moves at the sample's
-    first visit only. The attributes `k_min` and `k_max` are the bounds of Equation 4, whereas the entries `k_min` and
-    `k_max` of `statistics()` and of the logs are the lowest and highest K that any sample has.
+    It stores one int32 for each sample: 4 GB for a billion samples, which `ShardedMaskBudget` divides by the number of
+    processes. Reading and updating a batch costs time in proportion to the batch, whatever the size of the training
+    set. In an epoch, K of a sample moves at the sample's first visit only. The attributes `k_min` and `k_max` are the
+    bounds of Equation 4, whereas the entries `k_min` and `k_max` of `statistics()` and of the logs are the lowest and
+    highest K that any sample has.
 
     Args:
         num_samples: N, length of the training set.
@@ -90,10 +90,18 @@ class MaskBudget:
         self.epoch: int | None = None
         initial = count_of_ratio(mask_ratio, self.positions)
         # K >= 0: has not moved in this epoch. Negative: has moved, and K is the complement.
-        self._stored = torch.full((num_samples,), initial, dtype=torch.int32, device=device)
+        self._stored = self._allocate(initial, device)
         # How many samples have each K from k_min to k_max: statistics without a pass over all samples.
         self._histogram = torch.zeros(self.k_max - self.k_min + 1, dtype=torch.int64, device=device)
         self._histogram[initial - self.k_min] = num_samples
+
+    @property
+    def rows(self) -> range:
+        """The samples whose K this process holds: all of them."""
+        return range(self.num_samples)
+
+    def _allocate(self, initial: int, device: torch.device | str) -> Tensor:
+        return torch.full((self.num_samples,), initial, dtype=torch.int32, device=device)
 
     @classmethod
     def for_training(
@@ -103,7 +111,7 @@ class MaskBudget:
         image_size: tuple[int, int],
         dataset_fingerprint: str | None = None,
         device: torch.device | str = "cpu",
-    ) -> "MaskBudget":
+    ) -> Self:
         """The budget that the settings ask for. With sgt both bounds are the initial K, so that K cannot move.
 
         Args:
@@ -129,30 +137,42 @@ class MaskBudget:
             settings.mask_cell,
         )
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "MaskBudget":
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "MaskBudget":
         """The budget of a file that `save` wrote, for the data and bounds that the file names; on the CPU.
 
         Raises:
             ValueError: the file is torn or altered.
         """
-        metadata, k, has_moved = read_budget(path)
+        saved = read_budget(path)
+        budget = MaskBudget._described_by(saved.metadata)
+        budget._take_up(saved.metadata, saved.k, saved.has_moved, saved.histogram)
+        return budget
+
+    @staticmethod
+    def _described_by(metadata: Mapping[str, str]) -> "MaskBudget":
+        """A budget of all samples on the CPU that has the identity in `metadata`."""
         size, mask_cell = (int(metadata["image_height"]), int(metadata["image_width"])), int(metadata["mask_cell"])
         positions = math.prod(SF.cell_grid(size, mask_cell))
         lowest, highest = (Fraction(int(metadata[name]), positions) for name in ("k_min", "k_max"))
         fingerprint = metadata.get("dataset_fingerprint")
         known = None if fingerprint == "None" else fingerprint
         meaning = {name: metadata[name] for name in _MEANING if metadata.get(name) not in (None, "None")}
-        budget = cls(
-            len(k), size, lowest, lowest, highest, dataset_fingerprint=known, meaning=meaning, mask_cell=mask_cell
+        return MaskBudget(
+            int(metadata["num_samples"]),
+            size,
+            lowest,
+            lowest,
+            highest,
+            dataset_fingerprint=known,
+            meaning=meaning,
+            mask_cell=mask_cell,
         )
-        budget._take_up(metadata, k, has_moved)
-        return budget
 
     @property
     def k(self) -> Tensor:
         """K of every sample, in positions: int32 (N,), a copy."""
-        return torch.where(self._stored < 0, ~self._stored, self._stored)
+        return _k_of(self._stored)
 
     @property
     def unit(self) -> str:
@@ -173,18 +193,23 @@ class MaskBudget:
     def forget_visits(self) -> None:
         """Let every sample move once more within the present epoch."""
         # In pieces, so that a billion samples need no second 4 GB.
-        for piece in self._stored.split(1 << 24):
+        for piece in self._stored.split(PIECE):
             piece.bitwise_xor_(piece >> 31)
         self.epoch = None
 
     def count_visits(self) -> int:
         """How many samples have been seen in the epoch under way; waits for the device."""
-        return sum(int((piece < 0).sum()) for piece in self._stored.split(1 << 24))
+        return sum(int((piece < 0).sum()) for piece in self._stored.split(PIECE))
 
     def read(self, sample_idx: Tensor) -> Tensor:
         """K of the given samples: int64 (B,) rows of the training set -> int32 (B,), in positions."""
-        stored = self._stored[sample_idx]
-        return torch.where(stored < 0, ~stored, stored)
+        return _k_of(self._stored_at(sample_idx))
+
+    def _stored_at(self, rows: Tensor) -> Tensor:
+        return self._stored[rows]
+
+    def _store(self, rows: Tensor, values: Tensor) -> None:
+        self._stored[rows] = values
 
     def update(self, sample_idx: Tensor, delta: Tensor, step_size: float, rounding: str = "floor") -> Tensor:
         """Move K of the given samples (Equation 4). A sample that has already moved in this epoch does not move again.
@@ -208,15 +233,15 @@ class MaskBudget:
         rows = sample_idx[order]
         is_first = torch.ones_like(rows, dtype=torch.bool)
         is_first[1:] = rows[1:] != rows[:-1]
-        stored = self._stored[rows]
+        stored = self._stored_at(rows)
         may_move = is_first & (stored >= 0)
-        k = torch.where(stored < 0, ~stored, stored)
+        k = _k_of(stored)
         target = SF.update_budget(k, delta[order], step_size, self.k_min, self.k_max, rounding)
         moved = torch.where(may_move, target, k)
         # All places of one sample write what its first place says.
         place = torch.arange(len(rows), device=rows.device)
         first_place = torch.where(is_first, place, 0).cummax(0).values
-        self._stored[rows] = ~moved[first_place]
+        self._store(rows, ~moved[first_place])
         count = may_move.to(torch.int64)
         self._histogram.index_add_(0, k - self.k_min, -count).index_add_(0, moved - self.k_min, count)
         return torch.empty_like(k).scatter_(0, order, moved - k)
@@ -270,17 +295,24 @@ class MaskBudget:
     def _metadata(self) -> dict[str, str]:
         return {name: str(value) for name, value in self._identity().items()} | {"epoch": str(self.epoch)}
 
-    def save(self, path: str | os.PathLike[str], origin: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str] | None, origin: Mapping[str, Any] | None = None) -> None:
         """Write K as safetensors: `k` int32 (N,) and `has_moved` bool (N,), with what identifies the data.
 
-        The file appears whole or not at all: it is written beside its place, then renamed.
+        The file appears whole or not at all: it is written beside its place, then renamed. It is written in pieces, so
+        that it needs no second copy of K in memory.
 
         Args:
-            path: of the file.
+            path: of the file; `None` on a process that writes none.
             origin: any of "run_id", "seed" and "global_step": the training that K is of, and when.
         """
+        if path is None:
+            return
         metadata = self._metadata() | {name: str(value) for name, value in (origin or {}).items()}
-        write_budget(path, metadata, self.k.cpu(), (self._stored < 0).cpu())
+        write_budget(path, metadata, map(_k_of, self._pieces()), (piece < 0 for piece in self._pieces()))
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """What is stored of all samples, in their order, in pieces on the CPU."""
+        return (piece.cpu() for piece in self._stored.split(PIECE))
 
     def state_dict(self) -> dict[str, Any]:
         """K with what identifies the data, on the CPU: for `accelerator.register_for_checkpointing(budget)`.
@@ -314,15 +346,10 @@ class MaskBudget:
                 f"a state_dict of this MaskBudget must have 'k' and 'has_moved' bool of shape ({self.num_samples},), "
                 f"got {tuple(k.shape)} and {has_moved.dtype} {tuple(has_moved.shape)}"
             )
-        self._take_up(metadata, k, has_moved)
+        histogram = torch.bincount(k - self.k_min, minlength=len(self._histogram))
+        self._take_up(metadata, k, has_moved, histogram)
 
-    def digest(self) -> str:
-        """A hash of K, of the samples that have moved in the epoch under way, and of its number."""
-        found = hashlib.sha256(memoryview(self._stored.cpu().numpy()))
-        found.update(str(self.epoch).encode())
-        return found.hexdigest()
-
-    def restore(self, path: str | os.PathLike[str], origin: Mapping[str, Any] | None = None) -> None:
+    def restore(self, path: str | os.PathLike[str], origin: Mapping[str, Any] | None = None) -> str:
         """Take up K from a file that `save` wrote, for the same data and bounds.
 
         Args:
@@ -330,19 +357,22 @@ class MaskBudget:
             origin: as in `save`: what K must be of. Files of version 0.1.0 do not say: they are taken where `origin`
                 has no "run_id".
 
+        Returns:
+            the hash of all that the file says, which is the same where two processes have read the same.
+
         Raises:
             ValueError: the file is torn or altered, or belongs to another training set, image size, cell or bounds, or
                 is not of `origin`; nothing of it is taken up.
         """
-        metadata, k, has_moved = read_budget(path)
-        self._require_identity(metadata, path)
-        require_origin(metadata, origin or {}, path)
-        self._take_up(metadata, k, has_moved)
+        saved = read_budget(path, self.rows)
+        self._require_identity(saved.metadata, path)
+        require_origin(saved.metadata, origin or {}, path)
+        self._take_up(saved.metadata, saved.k, saved.has_moved, saved.histogram)
+        return saved.metadata["sha256"]
 
-    def _take_up(self, metadata: dict[str, str], k: Tensor, has_moved: Tensor) -> None:
+    def _take_up(self, metadata: Mapping[str, str], k: Tensor, has_moved: Tensor, histogram: Tensor) -> None:
         self._stored.copy_(torch.where(has_moved, ~k, k))
-        counts = torch.bincount(k - self.k_min, minlength=len(self._histogram))
-        self._histogram.copy_(counts)
+        self._histogram.copy_(histogram)
         self.epoch = None if metadata["epoch"] == "None" else int(metadata["epoch"])
 
     def _require_identity(self, metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
@@ -362,6 +392,10 @@ class MaskBudget:
         height, width = self.image_size
         cells = "" if self.mask_cell == 1 else f"mask_cell={self.mask_cell}, "
         return f"MaskBudget(num_samples={self.num_samples}, image_size={height}x{width}, {cells}{self.statistics()})"
+
+
+def _k_of(stored: Tensor) -> Tensor:
+    return torch.where(stored < 0, ~stored, stored)
 
 
 _NOTHING_MASKED = (

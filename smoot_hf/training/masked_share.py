@@ -1,5 +1,6 @@
 """The share of a batch that is masked (`masked_share`): which samples it holds, and its way out of a batch and back."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -69,6 +70,16 @@ def inside_ddp(model: nn.Module) -> nn.Module:
     """
     wrapped = getattr(model, "_orig_mod", model)
     return wrapped.module if isinstance(wrapped, DistributedDataParallel) else model
+
+
+def inside_engine(model: nn.Module) -> nn.Module:
+    """The model without DeepSpeed's engine around it; itself where there is none.
+
+    The engine takes any backward pass through what it has returned for that of the loss.
+    """
+    # It is around a model only where it has been imported, which takes seconds.
+    deepspeed = sys.modules.get("deepspeed")
+    return model.module if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine) else model
 
 
 def random_state(device: torch.device) -> Tensor:

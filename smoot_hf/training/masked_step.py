@@ -13,7 +13,16 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .. import functional as SF
 from ..models.state import is_sharded
 from .clean_pass import CleanPass, forward, loss_pass, shared_pass, without_image_gradient
-from .masked_share import Batch, in_masked_share, inside_ddp, put_in_place, random_state, uses_batch_statistics
+from .masked_share import (
+    Batch,
+    in_masked_share,
+    inside_ddp,
+    inside_engine,
+    put_in_place,
+    random_state,
+    uses_batch_statistics,
+)
+from .problem import Problem, problem_of
 from .settings import SmootSettings
 
 # Keeps the random positions of a control apart from the fill, whose noise has the same seed, epoch and samples.
@@ -27,8 +36,8 @@ class MaskedStep(NamedTuple):
 
     Attributes:
         outputs: what the model returned for the clean images.
-        ce: (B,), cross-entropy of the clean images.
-        kl: (B,), KL divergence from the clean to the masked prediction.
+        ce: (B,), cross-entropy of the clean images; of several labels the binary one, mean over the labels.
+        kl: (B,), KL divergence from the clean to the masked prediction; of several labels the mean over the labels.
         delta: (B,), change of the ranked outputs under masking (Equation 3), detached.
         is_masked: bool (B, 1, H, W), `True` where a pixel was replaced.
     """
@@ -69,9 +78,10 @@ def masked_step(
     made up to two images by unmasked ones. Whether anything of the batch is chosen may differ between processes.
 
     Args:
-        model: in train mode; its output has `logits` (B, classes).
+        model: in train mode; its output has `logits` (B, classes). Its `config.problem_type`, where it has one, says
+            whether an image may have several labels.
         images: float (B, C, H, W), augmented and normalised, at the resolution at which the mask acts.
-        labels: int64 (B,).
+        labels: int64 (B,); or (B, classes), soft labels that sum to one, or of several labels each in [0, 1].
         sample_idx: int64 (B,) rows of the training set: with `epoch` and `settings.seed` they determine the fill, and
             which samples are chosen.
         k: integers (B,), masked positions of each image, pixels or cells (`settings.mask_cell`), from
@@ -85,9 +95,10 @@ def masked_step(
         weights: the trained parameters, if the passes may be cut down to what they need. Where nothing wraps the model,
             the final backward pass then leaves out the gradient of the images. `kl_gradient="masked"` with
             `saliency_score="log_prob"` takes saliency and gradients from one backward pass of the cross-entropy
-            (`loss_pass`): only the sum or mean of `ce` has a gradient then. Either way `outputs` cannot be used in a
-            loss; where that is wanted, leave `weights` away. Without effect where a weight has a gradient hook
-            (`Tensor.register_hook`), which is called once, with the whole gradient, and where FSDP 2 has sharded one.
+            (`loss_pass`), except for several labels: only the sum or mean of `ce` has a gradient then. Either way
+            `outputs` cannot be used in a loss; where that is wanted, leave `weights` away. Without effect where a
+            weight has a gradient hook (`Tensor.register_hook`), which is called once, with the whole gradient, and
+            where FSDP 2 or ZeRO 3 has sharded one.
         clean_pass: `shared_pass`, or `compiled_pass` of it where `model` is compiled.
         is_chosen: bool (B,) on the CPU, from `in_masked_share` of a `sample_idx` on the CPU; by default it is computed
             from `sample_idx`, for which the host waits where that is on a GPU.
@@ -102,18 +113,18 @@ def masked_step(
             the whole batch cannot be repeated for the share.
     """
     # A hook on a weight would change the clean view's gradient on its own, and then the sum of both views' once more.
-    # And FSDP computes with weights that it gathers for each pass: those named here, its shards, are in no graph.
+    # And FSDP and ZeRO 3 gather the weights for each pass: those named here, the shards, are in no graph.
     if weights is not None and any(weight._backward_hooks or is_sharded(weight) for weight in weights):
         weights = None
     network = model if saliency_model is None else saliency_model
-    views = _Views(model, network, epoch, settings, resize, weights, clean_pass)
+    views = _Views(model, network, problem_of(network), epoch, settings, resize, weights, clean_pass)
     batch = Batch(images.detach(), labels, sample_idx, k, other_inputs or {})
     if is_chosen is None:
         in_share = in_masked_share(settings, epoch, sample_idx)
         is_chosen = None if in_share is None else in_share.cpu()
     if is_chosen is None:
-        return views.both(batch, model, model)
-    if is_chosen.shape != labels.shape or is_chosen.dtype != torch.bool or is_chosen.device.type != "cpu":
+        return views.both(batch, inside_engine(model), model)
+    if is_chosen.shape != sample_idx.shape or is_chosen.dtype != torch.bool or is_chosen.device.type != "cpu":
         raise ValueError(
             f"is_chosen must be bool ({len(labels)},) on the CPU, one flag per sample, got {is_chosen.dtype} "
             f"{tuple(is_chosen.shape)} on {is_chosen.device}"
@@ -175,6 +186,7 @@ class _Views:
 
     model: nn.Module
     network: nn.Module
+    problem: Problem
     epoch: int
     settings: SmootSettings
     resize: Callable[[Tensor], Tensor] | None
@@ -190,7 +202,7 @@ class _Views:
         """The clean view alone, with the values of samples of which nothing is masked."""
         images = batch.images if self.resize is None else self.resize(batch.images)
         outputs, logits = forward(model, images, batch.inputs)
-        ce = SF.classification_loss(logits, batch.labels, self.settings.label_smoothing_factor)
+        ce = self.problem.loss(logits, batch.labels, self.settings.label_smoothing_factor)
         nothing = torch.zeros_like(ce)
         return MaskedStep(outputs, ce, nothing, nothing, torch.zeros_like(batch.images[:, :1], dtype=torch.bool))
 
@@ -207,18 +219,14 @@ class _Views:
         with _random_state_rewound(images.device, enabled=settings.shared_dropout):
             if settings.saliency_pass == "eval":
                 outputs, logits = forward(model, pixel_values.detach(), inputs)
-            elif weights is not None and _loss_gives_saliency(settings):
+            elif weights is not None and self.problem.loss_gives_saliency and _asks_for_loss_gradient(settings):
                 (outputs, logits, gradient), ce = loss_pass(model, pixel_values, labels, inputs, weights)
             else:
                 ranked = model if self.clean_pass is shared_pass else network
-                outputs, logits, gradient = self.clean_pass(
-                    ranked, pixel_values, _target(labels, settings), settings.saliency_score, inputs
-                )
+                outputs, logits, gradient = self._ranked(ranked, pixel_values, labels, inputs)
         if settings.saliency_pass == "eval":
             with _eval_mode(network):
-                gradient = self.clean_pass(
-                    network, pixel_values, _target(labels, settings), settings.saliency_score, inputs
-                ).gradient
+                gradient = self._ranked(network, pixel_values, labels, inputs).gradient
         if resize is not None:
             (gradient,) = torch.autograd.grad(resized, leaf, gradient)
         # Behind DDP all gradients would come at once, at the end, and none be sent while others are computed. A
@@ -226,8 +234,14 @@ class _Views:
         if settings.saliency_pass == "shared" and weights is not None and ce is None and self.model is network:
             logits = without_image_gradient(logits, weights)
         if ce is None:
-            ce = SF.classification_loss(logits, labels, settings.label_smoothing_factor)
+            ce = self.problem.loss(logits, labels, settings.label_smoothing_factor)
         return _CleanView(outputs, logits, ce, gradient)
+
+    def _ranked(self, model: nn.Module, pixel_values: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> CleanPass:
+        """The clean pass, and the gradient of the score that the settings name."""
+        target = labels if self.settings.saliency_target == "label" else None
+        score, ranking_score = self.settings.saliency_score, self.problem.ranking_score
+        return self.clean_pass(model, pixel_values, target, score, inputs, ranking_score)
 
     def effect(self, batch: Batch, logits: Tensor, gradient: Tensor, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """What masking does to the clean prediction: `kl`, `delta` and `is_masked` of `MaskedStep`."""
@@ -236,10 +250,10 @@ class _Views:
         with _running_statistics_kept(self.network):
             _, masked_logits = forward(model, masked if self.resize is None else self.resize(masked), batch.inputs)
         reference = logits if settings.kl_gradient == "both" else logits.detach()
-        delta = SF.probability_shift(
+        delta = self.problem.shift(
             logits, masked_logits, settings.alpha, settings.top_n, settings.delta_mode, batch.labels
         )
-        return SF.kl_divergence(reference, masked_logits), delta, is_masked
+        return self.problem.divergence(reference, masked_logits), delta, is_masked
 
 
 def mask_images(
@@ -276,11 +290,7 @@ def mask_images(
     return torch.where(is_masked, fill, images), is_masked
 
 
-def _target(labels: Tensor, settings: SmootSettings) -> Tensor | None:
-    return labels if settings.saliency_target == "label" else None
-
-
-def _loss_gives_saliency(settings: SmootSettings) -> bool:
+def _asks_for_loss_gradient(settings: SmootSettings) -> bool:
     """Whether the gradient of the cross-entropy is all that is asked of the clean view's graph."""
     return (
         settings.kl_gradient == "masked"

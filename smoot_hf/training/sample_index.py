@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers import default_data_collator
 
 from ..errors import first_line
+from .labels import find_fault, read_labels
 
 SAMPLE_IDX = "sample_idx"
 # The same rows as a list of integers, which stays on the host: what is chosen by them is known there without a wait.
@@ -72,6 +73,7 @@ class IndexedCollator:
         collator: the user's own; need not know of `sample_idx`.
         label_name: key of the labels in the batch.
         num_labels: number of classes of the model, `None` where it does not say.
+        multi_label: whether an image may have several labels.
         num_channels: channels of the images that the model takes, `None` where it does not say.
         expects_uint8: the images go through an `InputPipeline`, which takes uint8.
         removed: columns that the Trainer has removed from the data set.
@@ -83,6 +85,7 @@ class IndexedCollator:
         collator: Callable[[Any], Any],
         label_name: str,
         num_labels: int | None,
+        multi_label: bool,
         num_channels: int | None,
         expects_uint8: bool,
         removed: Collection[str] = (),
@@ -91,6 +94,7 @@ class IndexedCollator:
         self.collator = collator
         self.label_name = label_name
         self.num_labels = num_labels
+        self.multi_label = multi_label
         self.num_channels = num_channels
         self.expects_uint8 = expects_uint8
         self.removed = removed
@@ -174,59 +178,28 @@ class IndexedCollator:
                 f"the training batches have no {self.label_name!r}, only {keys}: SMOOT needs labels; set label_names "
                 "where they have another name"
             )
-        labels = class_indices(labels, self.label_name)
-        if self.num_labels is None or (labels.min() >= 0 and labels.max() < self.num_labels):
+        labels = read_labels(labels, self.label_name, self.multi_label)
+        if len(labels) != len(rows):
+            raise ValueError(f"the data collator made {len(labels)} labels of {len(rows)} samples: it must keep each")
+        fault = find_fault(labels, self.num_labels, self.multi_label)
+        if fault is None:
             return labels
-        bad = [
-            (row, label) for row, label in zip(rows, labels.tolist(), strict=True) if not 0 <= label < self.num_labels
-        ]
-        remedy = "Build the model with num_labels= the number of classes of the data"
-        if bad[0][1] < 0:
-            remedy = "Leave out the samples without a label"
+        place, must, found = fault
         raise ValueError(
-            f"{self.label_name!r} must lie in [0, {self.num_labels - 1}], the model's classes; training sample "
-            f"{bad[0][0]} has {bad[0][1]}. {remedy}"
+            f"{self.label_name!r} must {must}; training sample {rows[place]} has {found}. {_remedy(labels)}"
         )
 
 
-def class_indices(labels: Any, name: str) -> Tensor:
-    """Labels of any integer or boolean type as the loss takes them: int64 (B,).
-
-    Args:
-        labels: of a batch, in training or evaluation.
-        name: their key in the batch.
-
-    Raises:
-        ValueError: they are no tensor of one whole number per sample.
-    """
-    if isinstance(labels, Tensor) and labels.ndim == 1 and not (labels.is_floating_point() or labels.is_complex()):
-        return labels.to(torch.int64)
-    found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-    remedy = (
-        "soft labels and multi-label targets have no one class whose score is the saliency. Keep the class index where "
-        "images are mixed; label_smoothing_factor softens it"
+def _remedy(labels: Tensor) -> str:
+    """What to do about labels whose values are wrong."""
+    if labels.ndim == 1 and labels.min() < 0:
+        return "Leave out the samples without a label"
+    if labels.ndim == 1:
+        return "Build the model with num_labels= the number of classes of the data"
+    return (
+        "Soft labels weigh the classes of one sample; for several labels per image set "
+        "model.config.problem_type='multi_label_classification'"
     )
-    if isinstance(labels, Tensor) and labels.ndim == 1:
-        remedy = "convert them in the data set or the data collator, labels.astype('int64') or labels.long()"
-    raise ValueError(f"{name!r} must be one class index per sample, int64 (B,), got {found}: {remedy}")
-
-
-def check_class_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels of an evaluation batch that are no classes of the model; waits for the device.
-
-    Args:
-        labels: int64 (B,).
-        num_classes: of the model's logits.
-
-    Raises:
-        ValueError: naming the first such label.
-    """
-    bad = labels[(labels < 0) | (labels >= num_classes)]
-    if len(bad):
-        raise ValueError(
-            f"the labels of the evaluation set must lie in [0, {num_classes - 1}], the model's classes, but one is "
-            f"{int(bad[0])}: leave such samples out, or predict without labels"
-        )
 
 
 def _refuse_removed(reader: str, error: KeyError, removed: Collection[str]) -> None:

@@ -17,8 +17,9 @@ from transformers.utils import logging
 from ..errors import first_line
 from ..evaluation.attributions import attribute
 from ..evaluation.ranked_batches import has_index
+from ..functional import multi_label_target
 from ..models.logits import LogitsModel
-from ..models.state import model_device, model_dtype, untouched
+from ..models.state import is_run_together, model_device, model_dtype, untouched
 from .mask_budget import MaskBudget
 
 
@@ -100,8 +101,8 @@ class Tracking(TrainerCallback):
             return
         pictures = {}
         dataset: Any = getattr(eval_dataloader, "dataset", None)
-        if self.trainer.is_fsdp_enabled:
-            logger.warning_once("no saliency grid for the tracker: one process alone cannot run a model of FSDP")
+        if is_run_together(self.trainer):
+            logger.warning_once("no saliency grid for the tracker: one process alone cannot run a sharded model")
         elif eval_dataloader is not None and has_index(dataset) and len(dataset):
             try:
                 pictures[_tag(metrics or {})] = self._grid(eval_dataloader)
@@ -139,10 +140,20 @@ class Tracking(TrainerCallback):
             images = pixels if pipeline is None else pipeline.normalize(pixels)
             images = images.to(model_dtype(model) or images.dtype)
             scorer = LogitsModel(model, pipeline and pipeline.resize)
+            if labels.ndim == 2:
+                labels = _target_of_weights(scorer, images, labels)
             saliency = attribute(scorer, images, labels, torch.tensor(rows), batch_size=count)
         # Normalised images have lost their scale: each is shown between its own darkest and brightest value.
         shown = pixels.float() / 255 if pipeline is not None else _stretched(pixels.float())
         return saliency_grid(shown.cpu(), saliency.float().cpu())
+
+
+def _target_of_weights(model: LogitsModel, images: Tensor, weights: Tensor) -> Tensor:
+    """What is explained of labels (B, classes): an image's labels, or of soft ones the class of the largest weight."""
+    if not model.is_multi_label:
+        return weights.argmax(dim=1)
+    with torch.no_grad():
+        return multi_label_target(model(images), weights)
 
 
 def saliency_grid(images: Tensor, saliency: Tensor) -> Tensor:

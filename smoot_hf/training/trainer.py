@@ -13,20 +13,20 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .. import functional as SF
 from ..data.input_pipeline import InputPipeline
 from ..evaluation.faithfulness import evaluate_faithfulness
 from ..evaluation.ranked_batches import NothingToMeasureError, evenly_spread
 from ..fingerprint import is_identified
+from ..models.logits import is_multi_label
 from ..models.state import random_state_kept
 from .allocator import freed_memory_kept
 from .arguments import SmootTrainingArguments
 from .checkpoint_folder import RunIdentity, require_one_content
 from .checkpoints import make_output_dir
 from .checks import (
+    check_mixed_labels,
     check_private_methods,
     refuse_evaluation_set,
-    refuse_model_parallelism,
     refuse_unsupported,
     warn_of_own_loss,
     warn_of_still_budget,
@@ -34,11 +34,15 @@ from .checks import (
 )
 from .clean_pass import compiled_as_the_model, forward, runs_cuda_graphs
 from .indexing import IndexingTrainer
+from .labels import check_evaluation_labels, read_labels
 from .mask_budget import BudgetMoves, MaskBudget
 from .mask_budget_file import MASK_BUDGET_NAME
 from .masked_share import in_masked_share
 from .masked_step import masked_step
-from .sample_index import SAMPLE_IDX, SAMPLE_ROWS, check_class_labels, class_indices
+from .parallelism import refuse_model_parallelism
+from .problem import problem_of
+from .sample_index import SAMPLE_IDX, SAMPLE_ROWS
+from .sharded_mask_budget import ShardedMaskBudget
 from .trackers import TRACKERS, LogWindow, Tracking
 
 logger = logging.get_logger(__name__)
@@ -84,7 +88,8 @@ class SmootMixin(IndexingTrainer):
         **more: further arguments of `Trainer`, by name.
 
     Attributes:
-        mask_budget: `MaskBudget` of the training set, the same on every process; `None` for standard training.
+        mask_budget: `MaskBudget` of the training set, the same on every process; `ShardedMaskBudget` where
+            `mask_budget_sharded` asks for it and there are several processes; `None` for standard training.
 
     Raises:
         TypeError: when a class is derived and a method of one of its other parents would never run.
@@ -136,7 +141,7 @@ class SmootMixin(IndexingTrainer):
         self.model_accepts_loss_kwargs = True
         # Some models (DeiT with its teacher's head) take no labels themselves; the loss below needs none of them to.
         self.label_names = self.label_names or ["labels"]
-        self._own_loss_is_known = False
+        self._first_batch_is_seen = False
         self._clean_pass = compiled_as_the_model(self.accelerator)
         refuse_unsupported(self)
         if args.method != "standard" and self.train_dataset is not None:
@@ -154,7 +159,8 @@ class SmootMixin(IndexingTrainer):
         # Weak: a search frees the model of each trial.
         self._budgeted = weakref.ref(self.model), self.train_dataset
         image_size = first["pixel_values"].shape[-2:]
-        self.mask_budget = MaskBudget.for_training(
+        is_sharded = self.args.mask_budget_sharded and self.accelerator.num_processes > 1
+        self.mask_budget = (ShardedMaskBudget if is_sharded else MaskBudget).for_training(
             self.args.settings, len(dataset), image_size, self.dataset_fingerprint(), self.args.device
         )
 
@@ -177,16 +183,17 @@ class SmootMixin(IndexingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.mask_budget is not None and self.args.should_save:
-            self.mask_budget.save(os.path.join(output_dir, MASK_BUDGET_NAME), self._origin(self.run_identity))
+        if self.mask_budget is not None:
+            path = os.path.join(output_dir, MASK_BUDGET_NAME) if self.args.should_save else None
+            self.mask_budget.save(path, self._origin(self.run_identity))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.mask_budget is None:
             return
-        path = os.path.join(checkpoint, MASK_BUDGET_NAME)
+        path, content = os.path.join(checkpoint, MASK_BUDGET_NAME), None
         if os.path.isfile(path):
-            self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
+            content = self.mask_budget.restore(path, self._origin(RunIdentity.load(checkpoint)))
             if not is_identified(self.mask_budget.dataset_fingerprint):
                 logger.warning(
                     f"K is taken from {path} row by row, but nothing identifies the training set: it must be the same, "
@@ -196,7 +203,7 @@ class SmootMixin(IndexingTrainer):
         else:
             logger.warning(f"{checkpoint} has no {MASK_BUDGET_NAME}: K starts afresh at mask_ratio")
             self.begin_mask_budget()
-        require_one_content(self.mask_budget.digest(), path, self.accelerator)
+        require_one_content(content, path, self.accelerator)
 
     def _origin(self, run: RunIdentity | None) -> dict[str, Any]:
         """What stands in the file of K beside the data: which training it is of, and after how many of its steps."""
@@ -213,9 +220,13 @@ class SmootMixin(IndexingTrainer):
         self._log_window.add(is_chosen, k_up=moved > 0, k_down=moved < 0)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        # The Trainer counts what stands under "labels" alone.
+        # The Trainer counts what stands under "labels" alone, and each weight of a class as an item.
         name = self.label_names[0]
-        named = [{"labels": batch[name]} for batch in batch_samples if name in batch]
+        named = [
+            {"labels": batch[name].flatten(1)[:, 0] if batch[name].ndim > 1 else batch[name]}
+            for batch in batch_samples
+            if name in batch
+        ]
         return super()._get_num_items_in_batch(named, device)
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
@@ -247,11 +258,14 @@ class SmootMixin(IndexingTrainer):
         if not self.model.training:
             images = self.input_pipeline.prepare_evaluation(inputs["pixel_values"])
         elif SAMPLE_IDX in inputs:
-            epoch = self.epoch_number()
+            epoch, name = self.epoch_number(), self.label_names[0]
             images = self.input_pipeline.prepare_training(inputs["pixel_values"], inputs[SAMPLE_IDX], epoch)
+            if self.input_pipeline.mix is not None:
+                images, inputs[name] = self.input_pipeline.mix(images, inputs[name])
         else:
             raise ValueError(_NO_INDEX)
-        return {**inputs, "pixel_values": images}
+        # DeepSpeed's engine holds the weights themselves in bf16, and the Trainer casts what they are to take.
+        return {**inputs, "pixel_values": self._prepare_input(images)}
 
     def compute_loss(
         self,
@@ -270,19 +284,19 @@ class SmootMixin(IndexingTrainer):
             num_items_in_batch: number of samples of the whole accumulated batch, which normalises the sum.
 
         Raises:
-            ValueError: a batch without images or labels, or without `sample_idx` in training; labels that are not one
-                whole number per sample; a model without logits.
+            ValueError: a batch without images or labels, or without `sample_idx` in training; labels of another kind
+                than the model's; a model without logits.
         """
         inputs, label_name = dict(inputs), self.label_names[0]
         for name in ("pixel_values", label_name):
             if inputs.get(name) is None:
                 raise ValueError(f"the batch has no {name!r}, only {sorted(inputs)}: let the data collator make it")
-        labels = class_indices(inputs.pop(label_name), label_name)
+        labels = read_labels(inputs.pop(label_name), label_name, is_multi_label(self.model))
         images = inputs.pop("pixel_values")
         sample_idx, rows = inputs.pop(SAMPLE_IDX, None), inputs.pop(SAMPLE_ROWS, None)
         is_training = model.training and torch.is_grad_enabled()
         if is_training:
-            self._warn_of_own_loss_once(images, labels, inputs)
+            self._look_at_first_batch(images, labels, inputs)
         if is_training and self.args.settings.masks_at(self.state.global_step):
             weights = self._loss_weights(return_outputs)
             loss, outputs = self._masked_loss(
@@ -292,8 +306,8 @@ class SmootMixin(IndexingTrainer):
             # In evaluation the pipeline has resized already, as the image processor does.
             outputs, logits = forward(model, self._resize(images) if is_training else images, inputs)
             if not is_training:
-                check_class_labels(labels, logits.shape[1])
-            ce = SF.classification_loss(logits, labels, self.args.label_smoothing_factor)
+                check_evaluation_labels(labels, logits.shape[1], is_multi_label(self.model))
+            ce = problem_of(self.model).loss(logits, labels, self.args.label_smoothing_factor)
             loss = self._classification_loss(outputs, labels, ce, num_items_in_batch)
             if is_training:
                 self._log_window.add(ce_loss=ce)
@@ -346,12 +360,14 @@ class SmootMixin(IndexingTrainer):
         self._budget_moves.add(sample_idx, step.delta, loss)
         return loss, step.outputs
 
-    def _warn_of_own_loss_once(self, images: Tensor, labels: Tensor, others: dict[str, Any]) -> None:
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self._own_loss_is_known or self.compute_loss_func is not None or is_sharded:
+    def _look_at_first_batch(self, images: Tensor, labels: Tensor, others: dict[str, Any]) -> None:
+        """What is looked at once, since it waits for the device: labels that were mixed, and a loss of the model's."""
+        if self._first_batch_is_seen:
             return
-        self._own_loss_is_known = True
-        if self.is_world_process_zero():
+        self._first_batch_is_seen = True
+        check_mixed_labels(self.input_pipeline, labels, is_multi_label(self.model))
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.compute_loss_func is None and not is_sharded and self.is_world_process_zero():
             warn_of_own_loss(self.model, self._resize(images), labels, self.label_names[0], others)
 
     def _loss_weights(self, return_outputs: bool) -> list[Tensor] | None:

@@ -328,19 +328,36 @@ def persistent_workers(row):
 
 
 def soft_labels(row):
-    """Mixup, whose labels are shares of classes, is refused when the trainer is built."""
+    """Mixup by a data collator: weights, K and losses are those of the equations on the mixed images."""
     mixup = v2.MixUp(num_classes=CLASSES)
 
     def collate(examples):
         images = torch.stack([example["pixel_values"] for example in examples])
         images, labels = mixup(images, torch.tensor([example["labels"] for example in examples]))
-        return {"pixel_values": images, "labels": labels}
+        return {"pixel_values": images, "labels": labels.to(images.dtype)}
 
-    with pytest.raises(ValueError, match=r"one class index per sample, int64 \(B,\), got torch.float32 \(1, 4\): soft"):
-        row.trainer(trainer_kwargs={"data_collator": collate})
-    return Note(
-        "refused", "soft labels have no one class whose score could be the saliency: a `ValueError` before training"
-    )
+    run = row.run(trainer_kwargs={"data_collator": collate}).require_sound()
+    assert all(call["labels"].shape[1] == CLASSES for call in run.calls)
+    run.require_plain(row.model(), is_mixed=True)
+
+
+def several_labels(row):
+    """Some images of no label, of one and of two: the same for `problem_type="multi_label_classification"`."""
+
+    def model():
+        built = row.model()
+        built.config.problem_type = "multi_label_classification"
+        return built
+
+    data = row.data()
+    data.labels = [[float(i % 3 == j or i % 4 == j) * (i % 5 > 0) for j in range(CLASSES)] for i in range(len(data))]
+
+    def collate(examples):
+        labels = torch.tensor([example["labels"] for example in examples]).to(row.dtype)
+        return {"pixel_values": torch.stack([example["pixel_values"] for example in examples]), "labels": labels}
+
+    run = row.run(model(), trainer_kwargs={"data_collator": collate, "train_dataset": data}).require_sound()
+    run.require_plain(model())
 
 
 FEATURES: dict[str, Callable[[Row], Note | None]] = {
@@ -363,6 +380,7 @@ FEATURES: dict[str, Callable[[Row], Note | None]] = {
     "`dataloader_num_workers=2`": workers,
     "`persistent_workers`": persistent_workers,
     "mixup with soft labels": soft_labels,
+    "several labels an image": several_labels,
 }
 
 

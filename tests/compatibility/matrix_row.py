@@ -86,10 +86,10 @@ class Run:
         assert largest_difference(self.weights, other.weights) <= tolerance
         assert torch.equal(self.k, other.k)
 
-    def require_plain(self, model, breaks=()):
+    def require_plain(self, model, breaks=(), is_mixed=False):
         """What plain gradient descent on the equations makes of `model`; visits are forgotten at the `breaks`."""
         initial = {name: value.detach().clone() for name, value in model.named_parameters()}
-        plain = PlainTraining(model, self.trainer.train_dataset, self.trainer.args)
+        plain = PlainTraining(model, self.trainer.train_dataset, self.trainer.args, is_mixed)
         for start, end in zip((0, *breaks), (*breaks, len(self.calls)), strict=True):
             plain.follow(self.calls[start:end])
         expected = {name: value.detach() for name, value in model.named_parameters()}

@@ -22,7 +22,6 @@ NO_CHECKPOINTING = NO_ATTENTION
 NOTED = {
     **{("SDPA = eager attention", name): "–" for name in NO_ATTENTION},
     **{("gradient checkpointing", name): "–" for name in NO_CHECKPOINTING},
-    **{("mixup with soft labels", name): "refused" for name in MODELS},
     ("LoRA (PEFT), saved and resumed", "MobileNetV2"): "✓",
     **({} if torch.cuda.is_available() else {("fp16", name): "GPU" for name in MODELS}),
 }

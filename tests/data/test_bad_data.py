@@ -254,7 +254,9 @@ IN_PYTHON = {
     "label too large later": changed("training sample 17 has 4", with_label(4), at=17),
     "label -1": changed("training sample 0 has -1. Leave out the samples", with_label(-1)),
     "label -100 later, standard": changed("training sample 17 has -100", with_label(-100), at=17, method="standard"),
-    "soft label": changed("one class index per sample.*soft labels", with_label([0.5, 0.5, 0.0, 0.0])),
+    "soft label of another sum": changed(
+        r"distribution over the classes.* training sample 0 has \[0.5, 0, 0, 0\]", with_label([0.5, 0.0, 0.0, 0.0])
+    ),
     "sample_idx of its own": changed("'sample_idx' is attached by the trainer", lambda item: item | {"sample_idx": 0}),
     "empty": Case(lambda folder: trainer_of(folder, data=Subset(TinyImages(), [])), ValueError, "_dataset is empty"),
     "a stream": Case(

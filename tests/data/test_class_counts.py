@@ -34,3 +34,11 @@ def test_more_than_ten_times_the_images_are_told(counts, is_told):
     assert (told is not None) == is_told
     if told:
         assert f"2 classes of {counts[1]} (bee) to {counts[0]} (ant) images" in told
+
+
+def test_an_image_counts_for_each_of_its_labels():
+    """Fault: labels flattened, so that every image without a label counts for the first class."""
+    labels = np.array([[1, 1], [0, 1], [0, 0]], dtype=np.float32)
+    assert describe_class_counts(["a", "b"], {"train": labels}) == "  a       1 train\n  b       2 train"
+    assert imbalance(["a", "b"], labels) is None
+    assert "0 (a) to 2 (b)" in imbalance(["a", "b"], labels[1:].repeat(2, axis=0))

@@ -16,9 +16,17 @@ from smoot_hf.data import (
     plant_splits,
     planted_digits,
 )
-from smoot_hf.data.planted_evidence import null_block, plant_block, plant_decoy, plant_on_photo, plant_pair
+from smoot_hf.data.planted_evidence import (
+    null_block,
+    plant_block,
+    plant_decoy,
+    plant_on_photo,
+    plant_pair,
+    plant_several,
+)
 from smoot_hf.evaluation import evaluate_localisation
 
+# Of one label for each image.
 SETS = ["block", "block-fixed", "pair", "on-photo", "decoy"]
 
 
@@ -145,7 +153,60 @@ def test_a_decoy_tells_the_label_in_training_alone(leaks):
     assert corners == {(0, 0), (0, 12), (12, 0), (12, 12)}
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_several_labels_are_those_of_the_objects_shown(channels):
+    """Catches a label without its object, an object without its label, evidence on another block, a class twice."""
+    pixels, labels = objects(300, channels, size=6)
+    labels[labels == 1] = 6
+    data = plant_several(pixels, labels, classes=8, seed=2)
+    assert data.image_shape == (channels, 12, 12)
+    assert (data.labels.shape, data.labels.dtype) == ((300, 8), torch.float32)
+    null, blocks_of = null_block(channels, 6, 6), {}
+    for row, sample in enumerate(data):
+        found = []
+        for top, left in ((0, 0), (0, 6), (6, 0), (6, 6)):
+            here = slice(top, top + 6), slice(left, left + 6)
+            block = sample["pixel_values"][:, *here]
+            (source,) = (pixels == block).flatten(1).all(dim=1).nonzero()[:, 0].tolist() or [None]
+            marked = sample["evidence"][:, *here].flatten(1)
+            assert torch.equal(marked.all(dim=1), marked.any(dim=1))
+            if source is None:
+                assert torch.equal(block, null)
+                assert not marked.any()
+            else:
+                label = int(labels[source])
+                assert marked.any(dim=1).nonzero()[:, 0].tolist() == [label]
+                found.append(label)
+                blocks_of.setdefault(len(found), set()).add((top, left))
+        assert sorted(found) == sample["labels"].nonzero()[:, 0].tolist(), row
+    # Of 300 images 30 have no object, and 90 each one, two and three: within four standard deviations.
+    counts = torch.bincount(data.labels.sum(dim=1).long())
+    assert (counts - torch.tensor([30, 90, 90, 90])).abs().le(32).all()
+    assert data.labels.sum(dim=0).gt(0).tolist() == [True, False, True, True, True, False, True, False]
+    assert blocks_of[1] == {(0, 0), (0, 6), (6, 0), (6, 6)}
+
+
+def test_of_few_classes_there_are_fewer_objects():
+    """Catches a class twice in one image, and a split of one image, which is what some commands load of training."""
+    pixels, labels = objects(200, size=6)
+    data = plant_several(pixels, labels % 2, classes=5, seed=2)
+    assert data.labels.sum(dim=1).unique().tolist() == [0, 1, 2]
+    assert len(plant_several(pixels[:1], labels[:1], classes=5, seed=2)) == 1
+
+
+def test_several_objects_of_both_splits_are_labelled_alike():
+    """Catches a test set with fewer labels than the training set has, and images of one split shown in the other."""
+    (pixels, labels), (test_pixels, _) = objects(60, size=6, classes=5), objects(60, size=6, seed=1)
+    found = plant_splits("several", {"train": (pixels, labels), "test": (test_pixels, labels % 3)})
+    assert {split: data.labels.shape for split, data in found.items()} == {"train": (60, 5), "test": (60, 5)}
+    assert not found["test"].labels[:, 3:].any()
+    for split, own in (("train", pixels), ("test", test_pixels)):
+        shown = found[split].__getitems__(range(60))
+        first = shown["pixel_values"][shown["evidence"].any(dim=1)[:, None]].reshape(-1, 6)
+        assert torch.isin(first, own).all()
+
+
+@pytest.mark.parametrize("name", [*SETS, "several"])
 def test_a_seed_fixes_a_set(name):
     """Catches draws from the global generator, and splits or seeds that share their draws."""
     torch.manual_seed(1)
@@ -163,14 +224,14 @@ def test_a_seed_fixes_a_set(name):
         assert not torch.equal(one["train"].evidence, one["test"].evidence)
 
 
-def test_rows_and_batches_are_the_same():
+@pytest.mark.parametrize("name", ["on-photo", "several"])
+def test_rows_and_batches_are_the_same(name):
     """Catches a batch whose masks belong to other images; statistics are those of all pixels."""
-    data = make("on-photo")["train"]
+    data = make(name)["train"]
     batch = data.__getitems__([5, 0, 5])
     for place, row in enumerate([5, 0, 5]):
-        assert torch.equal(batch["pixel_values"][place], data[row]["pixel_values"])
-        assert torch.equal(batch["evidence"][place], data[row]["evidence"])
-        assert batch["labels"][place] == data[row]["labels"]
+        for key in ("pixel_values", "evidence", "labels"):
+            assert torch.equal(batch[key][place], torch.as_tensor(data[row][key]))
     mean, std = data.channel_statistics()
     pixels = data.pixel_values.double() / 255
     assert mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-12)
@@ -200,6 +261,8 @@ def test_digits_are_planted_and_judged_without_files(name):
         (lambda p, y: plant_pair(p, y, p, y, seed=0, labelled="both"), "labelled must be"),
         (lambda p, y: plant_on_photo(p, y, photos(size=8), seed=0), "photos must be"),
         (lambda p, y: plant_on_photo(p, 0 * y, photos(), seed=0), "another class"),
+        (lambda p, y: plant_several(p, y, classes=4, seed=0), r"labels must lie in \[0, 3\], got \[0, 1, 2, 3, 4\]"),
+        (lambda p, y: plant_several(p, y - 1, classes=4, seed=0), r"labels must lie in \[0, 3\], got \[-1, 0"),
         (lambda p, y: plant_splits("blocks", {}), "name must be one of 'block'"),
         (lambda p, y: plant_splits("block", {"train": (p, y)}), "splits must hold 'train' and 'test'"),
         (lambda p, y: plant_splits("pair", {"train": (p, y), "test": (p, y)}), "others must hold"),
@@ -223,7 +286,7 @@ def decoded_digits(tmp_path_factory):
         return {split: DecodedImages(rows) for split, rows in decoded.items()}
 
 
-@pytest.mark.parametrize("name", ["block", "block-fixed", "decoy"])
+@pytest.mark.parametrize("name", ["block", "block-fixed", "decoy", "several"])
 def test_decoded_images_are_planted_as_the_tensors_are(name, decoded_digits):
     """Catches rows out of order on the way into Arrow, another seed for the masks than for the pixels, lost classes."""
     expected = planted_digits(name, seed=3)
@@ -238,11 +301,16 @@ def test_decoded_images_are_planted_as_the_tensors_are(name, decoded_digits):
         assert torch.equal(pickle.loads(pickle.dumps(images))[7]["evidence"], expected[split][7]["evidence"])
 
 
-def test_no_mask_reaches_a_model(decoded_digits):
-    """Catches a batch with an entry that no model's forward takes."""
-    images = plant_images("block", decoded_digits)["test"]
-    for batch in (images.__getitems__([0, 1]), [images[0], images[1]]):
-        assert set(DecodedImages.collate(batch)) == {"pixel_values", "labels"}
+@pytest.mark.parametrize("name", ["block", "several"])
+def test_no_mask_reaches_a_model(name, decoded_digits):
+    """Catches a batch with an entry that no model's forward takes, and rows collated otherwise than fetched."""
+    images = plant_images(name, decoded_digits)["test"]
+    fetched, collated = (
+        DecodedImages.collate(batch) for batch in (images.__getitems__([0, 1]), [images[0], images[1]])
+    )
+    assert set(fetched) == set(collated) == {"pixel_values", "labels"}
+    assert torch.equal(fetched["labels"], collated["labels"])
+    assert fetched["labels"].dtype == collated["labels"].dtype
     assert "evidence" not in decoded_digits["test"][0]
 
 
@@ -252,3 +320,18 @@ def test_evidence_of_another_shape_is_refused(decoded_digits):
     for evidence in (torch.ones(360, 8, 7, dtype=torch.bool), torch.ones(360, 8, 8)):
         with pytest.raises(ValueError, match=r"evidence must be bool \(360, 8, 8\), got torch"):
             DecodedImages(rows, evidence)
+    several = plant_images("several", decoded_digits)["test"]
+    with pytest.raises(ValueError, match=r"evidence must be int16 \(360, 16, 16\), got torch.bool"):
+        DecodedImages(several.dataset, several.evidence >= 0)
+
+
+def test_several_labels_are_kept_as_lists_of_classes(decoded_digits):
+    """Catches labels in the rows of other images, where some have none; also of rows picked out of the set."""
+    images = plant_images("several", decoded_digits)["train"]
+    expected = planted_digits("several")["train"].labels.numpy()
+    assert (images.labels == expected).all()
+    assert images.is_multi_label
+    rows = [int((expected.sum(axis=1) == count).argmax()) for count in (3, 0, 1)]
+    assert (DecodedImages(images.dataset.select(rows)).labels == expected[rows]).all()
+    other = DecodedImages.of_tensors(images.__getitems__([0])["pixel_values"], torch.tensor([[0, 1]]), ["a", "b"])
+    assert other.fingerprint != images.fingerprint

@@ -72,6 +72,13 @@ def test_classes_are_sorted_by_median_and_their_images_by_k():
     assert [len(places) for places in budget_by_class.extremes(found[0], 9)] == [3, 3]
 
 
+def test_an_image_of_several_labels_stands_with_each_of_them():
+    """Fault: places of the flattened labels taken for rows."""
+    labels = [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    found = budget_by_class.by_class(a_budget([60, 20, 30]), Images(labels))
+    assert {one.label: one.sample_idx.tolist() for one in found} == {"dog": [1], "cat": [1, 0]}
+
+
 def test_of_too_many_classes_the_two_ends_are_drawn():
     """Fault: classes drawn twice, or the ends left out."""
     assert budget_by_class.chosen(list("abcdefg"), 4) == list("abfg")

@@ -13,6 +13,7 @@ from transformers import ViTImageProcessor, pipeline
 
 from smoot_hf.evaluation.attributions import attribute
 from smoot_hf.experiments import explain, overlay
+from smoot_hf.experiments import explanation as one_class
 from smoot_hf.experiments.checkpoint import read_checkpoint
 from smoot_hf.experiments.explanation import read_photograph
 from smoot_hf.models import LogitsModel
@@ -144,8 +145,9 @@ def test_a_model_in_half_precision_is_explained(saved, photographs, name):
     assert np.array_equal(found.picture, expected.picture)
     # Bfloat16 rounds to 2^-9 of a number at each of some dozens of steps.
     assert found.predictions[0][1] == pytest.approx(expected.predictions[0][1], abs=0.05)
-    assert found.maps[name].dtype == torch.float32
-    assert overlay.heat_over(found.picture, found.maps[name]).shape == (8, 8, 3)
+    (heat_map,) = found.maps
+    assert heat_map.values.dtype == torch.float32
+    assert overlay.heat_over(found.picture, heat_map.values).shape == (8, 8, 3)
 
 
 def test_the_maps_are_those_of_the_attribution(saved, photographs):
@@ -158,9 +160,60 @@ def test_the_maps_are_those_of_the_attribution(saved, photographs):
     target = scorer(images).argmax(dim=1)
     expected = attribute(scorer, images, target, row, method="integrated_gradients")[0]
     # The points of the path go through the network in blocks of eight instead of all at once.
-    torch.testing.assert_close(found.maps["integrated_gradients"], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.maps[0].values, expected, rtol=1e-4, atol=1e-7)
     assert found.picture.shape == (8, 8, 3)
     assert found.predictions[0][0] == checkpoint.model.config.id2label[int(target)]
+
+
+@pytest.fixture
+def saved_with_labels(saved, tmp_path):
+    """The same model with a sigmoid for each label, of which two are above one half for every image."""
+    checkpoint = read_checkpoint(saved, "cpu")
+    checkpoint.model.config.problem_type = "multi_label_classification"
+    with torch.no_grad():
+        checkpoint.model.classifier.bias.copy_(torch.tensor([-40.0, 40.0, 30.0, -40.0]))
+    checkpoint.model.save_pretrained(tmp_path / "labels")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "labels")
+    return str(tmp_path / "labels")
+
+
+def test_every_predicted_label_has_a_map_of_its_own(saved_with_labels, photographs, capsys):
+    """Catches a softmax over labels that are independent, and one map for all of them."""
+    code, errors = run(capsys, saved_with_labels, "plain.png", "--attribution", "gradient", "--output", "out")
+    assert (code, errors) == (0, [])
+    (entry,) = json.loads(Path("out/explanations.json").read_text())["explained"]
+    assert {one["label"] for one in entry["predictions"]} == {"dog", "$owl"}
+    with Image.open("plain.png") as image:
+        guesses = pipeline("image-classification", model=saved_with_labels, device="cpu")(image, top_k=2)
+    expected = {guess["label"]: guess["score"] for guess in guesses}
+    assert {one["label"]: one["probability"] for one in entry["predictions"]} == pytest.approx(expected, abs=1e-5)
+
+    checkpoint = read_checkpoint(saved_with_labels, "cpu")
+    pixels = read_photograph("plain.png", 3)
+    found = overlay.explain_photograph(checkpoint, pixels, ["gradient", "grad_cam"])
+    names = [label.replace("$", r"\$") for label, _ in found.predictions]
+    assert [one.title for one in found.maps] == [f"{name}, {a}" for name in names for a in ("gradient", "grad cam")]
+    images = checkpoint.pipeline.prepare_evaluation(pixels[None])
+    images.requires_grad_()
+    number = {"dog": 1, "$owl": 2}[found.predictions[1][0]]
+    (slope,) = torch.autograd.grad(checkpoint.model(images).logits[0, number], images)
+    torch.testing.assert_close(found.maps[2].values, slope[0].abs().mean(dim=0), rtol=1e-4, atol=1e-9)
+
+
+def test_without_a_predicted_label_the_most_probable_one_is_explained(saved_with_labels, photographs):
+    """Catches a picture without any map."""
+    checkpoint = read_checkpoint(saved_with_labels, "cpu")
+    with torch.no_grad():
+        checkpoint.model.classifier.bias.sub_(80.0)
+    found = overlay.explain_photograph(checkpoint, read_photograph("plain.png", 3), ["gradient"])
+    assert len(found.predictions) == len(found.maps) == 1
+    assert found.predictions[0][1] < 0.5
+
+
+def test_what_follows_one_class_refuses_several_labels(saved_with_labels, photographs):
+    """Catches a page that follows the softmax output of a model whose outputs are sigmoids."""
+    with pytest.raises(ValueError, match="the one class of an image: a multi-label model is refused"):
+        one_class.explain(read_checkpoint(saved_with_labels, "cpu"), read_photograph("plain.png", 3))
 
 
 def test_a_heat_map_is_brightest_where_the_attribution_is():

@@ -431,3 +431,39 @@ def test_the_localisation_is_on_the_card(run, tmp_path, trained):
     assert row.metrics["outside_0.025"].values == {42: found.outside[0.025].value}
     assert "on 24 correctly classified" not in card.text
     assert len([r for r in card.data.eval_results if r.metric_type == "deletion_auc"]) == 2
+
+
+class SeveralLabels(TinyImages):
+    """The same images with none to all of three labels; no image has the fourth."""
+
+    def __getitem__(self, i):
+        labels = torch.tensor([i % 2, i // 2 % 2, i // 4 % 2, 0])
+        return super().__getitem__(i) | {"labels": labels.float()}
+
+
+def test_a_multi_label_models_card_says_so(trained, tmp_path, monkeypatch):
+    """Fault: an accuracy, a softmax or one class for each image on the card of a model with several labels."""
+    shown = []
+    monkeypatch.setattr("smoot_hf.publishing.card.draw_saliency", lambda *figure: shown.append(figure))
+    trainer = trained("vit", trainer_kwargs={"eval_dataset": SeveralLabels(8)})
+    trainer.model.config.problem_type = "multi_label_classification"
+    found = evaluate_faithfulness(trainer.model, trainer.eval_dataset, steps=2)
+    trainer.create_model_card(dataset="noise", faithfulness=[found])
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "A multi-label image classifier of 4 classes" in card.text
+    assert "the mean probability of an image's labels that remains" in card.text
+    assert f"| {found.mean_average_precision:.2f} | {found.subset_accuracy:.2f} |" in card.text
+    assert "assigns one of them to every image" not in card.text
+    assert "ccuracy" not in card.text
+    assert "1 images left out, whose row of labels is all 0; 7 measured." in card.text
+    assert "multi-label-classification" in card.data.tags
+    indexed = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert indexed["mean_average_precision_auc"] == found.mean_average_precision_auc
+    # Every label of an image has a column, with its name and its own map: these are the first pairs of eight images.
+    ((pictures, titles, maps, _),) = shown
+    names = trainer.model.config.id2label
+    pairs = [(1, 0), (2, 1), (3, 0), (3, 1), (4, 2), (5, 0), (5, 2), (6, 1)]
+    assert [title[0] for title in titles] == [names[label] for _, label in pairs]
+    assert len(pictures) == len(maps) == 8
+    assert torch.equal(pictures[2], pictures[3])
+    assert not torch.equal(maps[2], maps[3])

@@ -23,6 +23,7 @@ def test_every_added_field_is_a_flag_with_help(tmp_path):
         "fill_step": "0.5", "mask_positions": "random", "mask_cell": "4", "masked_share": "0.25",
         "masked_every": "2", "deletion_auc_samples": "64",
         "overwrite_output_dir": "True", "keep_freed_memory": "True", "num_train_samples": "7",
+        "mask_budget_sharded": "True",
     }  # fmt: skip
     assert sorted(flags) == sorted(f.name for f in ADDED)
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -43,7 +44,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
         "shared_dropout": True, "kl_gradient": "both", "mask_fill": "uniform", "fill_step": 0.2,
         "masked_share": 1.0, "masked_every": 1,
         "mask_positions": "least_salient", "deletion_auc_samples": 0, "overwrite_output_dir": False,
-        "keep_freed_memory": False, "num_train_samples": None,
+        "keep_freed_memory": False, "num_train_samples": None, "mask_budget_sharded": False,
     }  # fmt: skip
 
 
@@ -273,6 +274,7 @@ def test_the_settings_are_those_of_the_arguments(tmp_path):
     args = SmootTrainingArguments(str(tmp_path), use_cpu=True)
     assert args.settings == SmootSettings()
     others = {"deletion_auc_samples", "overwrite_output_dir", "keep_freed_memory", "num_train_samples"}
+    others |= {"mask_budget_sharded"}
     own = {f.name for f in ADDED} - others
     assert own | {"seed", "label_smoothing_factor"} == {f.name for f in fields(SmootSettings)}
     with pytest.raises(FrozenInstanceError):

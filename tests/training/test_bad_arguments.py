@@ -26,6 +26,7 @@ CASES = {
     "method unknown": argument("method", "smooth", "method must be one of 'standard', 'sgt', 'smoot', got 'smooth'"),
     "rounding unknown": argument("rounding", "ceil", "rounding must be one of 'floor', 'trunc', 'nearest', got 'ceil'"),
     "signed_saliency text": argument("signed_saliency", "no", "signed_saliency must be True or False, got 'no'"),
+    "mask_budget_sharded 2": argument("mask_budget_sharded", 2, "mask_budget_sharded must be True or False, got 2"),
     "num_train_samples 0": argument("num_train_samples", 0, "num_train_samples must be finite and at least"),
     "deletion_auc_samples -1": argument("deletion_auc_samples", -1, "deletion_auc_samples must be finite and at least"),
     "accumulation 0": argument("gradient_accumulation_steps", 0, "gradient_accumulation_steps must be .* at least 1"),

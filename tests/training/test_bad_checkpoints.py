@@ -71,7 +71,7 @@ def rewritten(k=None, **metadata):
         if k is not None:
             tensors["k"] = k
         said |= metadata
-        said["sha256"] = _digest(tensors["k"], tensors["has_moved"], said)
+        said["sha256"] = _digest([tensors["k"]], [tensors["has_moved"]], said)
         save_file(tensors, checkpoint / K_FILE, metadata=said)
 
     return spoil
@@ -90,7 +90,7 @@ def entries(value, dtype=torch.int32):
 
 
 OUT_OF_BOUNDS = r"is damaged: its K are not in \[12, 51\]\. Resume from an earlier checkpoint"
-NOT_WHOLE_NUMBERS = r"is damaged: k is torch.float32 \(24,\), not torch.int32 of one entry per sample"
+NOT_WHOLE_NUMBERS = r"is damaged: k is F32 \[24\], not I32 of one entry per sample"
 DAMAGED = "is damaged: it cannot be read to its end. Resume from an earlier checkpoint"
 RESUMING = {
     "torn weights": spoiled(f"model.safetensors {DAMAGED}", cut("model.safetensors")),

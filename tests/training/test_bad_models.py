@@ -104,7 +104,6 @@ CASES = {
     "no logits": refused("its forward returns Base.*no 'logits'", "pp_lcnet", "PPLCNetForImageClassification"),
     "return_dict=False": built("return_dict=False is refused.*Set model.config.return_dict", return_dict=False),
     "one class": built("at least 2 classes, got num_labels=1", "cnn", num_labels=1),
-    "multi-label": built("problem_type='multi_label_classification' is", problem_type="multi_label_classification"),
     "regression": built("problem_type='regression' is refused", problem_type="regression"),
     "vit of other channels": built("takes images of 3 channels, 'pixel_values' have 1", channels=1),
     "resnet of other channels": built("takes images of 3 channels, 'pixel_values' have 4", "resnet", channels=4),

@@ -9,6 +9,7 @@ from conftest import TinyImages, build
 from datasets import IterableDataset
 
 from smoot_hf import SmootTrainer
+from smoot_hf.training import parallelism
 
 
 class Altered(TinyImages):
@@ -68,7 +69,6 @@ def test_data_parallel_is_refused(quick_args):
 @pytest.mark.parametrize(
     ("flag", "plugin", "message"),
     [
-        ("is_deepspeed_enabled", None, "DeepSpeed is refused.*torchrun"),
         ("is_fsdp_enabled", SimpleNamespace(fsdp_version=1), "FSDP 1 is refused.*'version': 2.*torchrun"),
         ("is_fsdp_enabled", SimpleNamespace(fsdp_version=2), "fsdp is set, but accelerate runs NO here"),
     ],
@@ -82,12 +82,51 @@ def test_sharding_engines_are_refused_by_name(flag, plugin, message, quick_args)
     class Sharded(SmootTrainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
-            # What the Trainer sets for FSDP 1, FSDP 2 and any DeepSpeed configuration, by argument or by launcher.
+            # What the Trainer sets for FSDP 1 and FSDP 2, by argument or by launcher.
             setattr(self, flag, True)
             self.accelerator.state.fsdp_plugin = plugin
 
     with pytest.raises(ValueError, match=message):
         Sharded(build("vit"), quick_args(), train_dataset=TinyImages())
+
+
+GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "message"),
+    [
+        ({"stage": 0}, {}, "ZeRO stage 0 is refused: it shards nothing.*torchrun"),
+        ({"stage": 3} | GATHERS, {}, "stage 3 is refused with saliency_pass='shared'.*saliency_pass='eval'"),
+        ({"stage": 3}, {"saliency_pass": "eval"}, "refused without 'stage3_gather_16bit_weights_on_model_save'"),
+        ({"stage": 1}, {"max_grad_norm": 0.5}, "max_grad_norm=0.5, but DeepSpeed would clip by .*, 1.0"),
+        ({"stage": 1}, {"masked_share": 0.5}, "DeepSpeed with masked_share below 1 is refused"),
+        ({"stage": 1}, {"torch_compile": True}, "DeepSpeed with torch_compile is refused"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "DeepSpeed with offload_optimizer is refused"),
+        ({"stage": 2, "zero_quantized_gradients": True}, {}, "DeepSpeed with zero_quantized_gradients is refused"),
+    ],
+)
+def test_ways_of_deepspeed_that_are_not_known_to_be_exact_are_refused(config, overrides, message, quick_args):
+    """Catches gradients that are off by 0.67, and gradients that are not clipped, without an error."""
+    with pytest.raises(ValueError, match=message):
+        refuse_deepspeed({"zero_optimization": config}, quick_args(**overrides))
+
+
+@pytest.mark.parametrize("name", ["fp16", "optimizer", "scheduler", "zenflow", "compile"])
+def test_parts_of_a_configuration_of_deepspeed_are_refused_by_name(name, quick_args):
+    """Catches a part that nobody has tried; what is switched off passes, as a launcher writes it."""
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}
+    refuse_deepspeed(config | {"fp16": {"enabled": False}, "activation_checkpointing": {}}, quick_args())
+    with pytest.raises(ValueError, match=f"DeepSpeed with {name} is refused"):
+        refuse_deepspeed(config | {name: {"enabled": True}}, quick_args())
+
+
+def refuse_deepspeed(config, args):
+    """The check alone: with an engine, in two processes, it is in test_deepspeed.py."""
+    config = {"gradient_clipping": 1.0} | config
+    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=config["zero_optimization"]["stage"])
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    parallelism._refuse_deepspeed(SimpleNamespace(args=args, accelerator=accelerator))
 
 
 class Batches(torch.utils.data.Dataset):
@@ -168,7 +207,7 @@ def test_labels_of_any_integer_type_are_trained_and_evaluated_alike(dtype, metho
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_float_labels_are_refused_in_one_line_everywhere(dtype, method, quick_args):
     """Catches torch's own words about a Long, in training, evaluation, prediction and a stream's training."""
-    line = rf"^'labels' must be one class index per sample, int64 \(B,\), got {dtype} \(8,\): convert them .*long\(\)$"
+    line = rf"^'labels' must be one class index per sample, int64 \(B,\), .*got {dtype} \(8,\): convert .*long\(\)$"
     data, collator = TinyImages(), with_labels_as(dtype)
     trainer = SmootTrainer(build("vit"), quick_args(method=method), train_dataset=data)
     trainer.data_collator = collator

@@ -17,7 +17,8 @@ HERE = Path(__file__).parents[1]
 EXACT = [
     *("vit", "uneven", "few", "accumulated", "uneven_accumulated", "few_accumulated"),
     *("eval_pass", "loss_pass", "sgt", "stream", "augmented", "frozen_batchnorm"),
-    *("share", "share_accumulated", "share_loss_pass"),
+    *("share", "share_accumulated", "share_loss_pass", "soft_labels", "several_labels"),
+    *("sharded", "sharded_few", "sharded_accumulated", "sharded_sgt", "sharded_share", "sharded_stream"),
 ]
 LARGEST, MEAN = 1e-5, 1e-6
 SEVERAL = [2, 4]
@@ -43,9 +44,11 @@ def results(tmp_path_factory):
     """Of 1, 2 and 4 processes: a list with the results of every rank, each by the name of the run."""
     folder = tmp_path_factory.mktemp("distributed")
     saved, found = folder / "1" / "vit" / "checkpoint-4", {"folder": folder}
-    for processes in (1, *SEVERAL):
+    # A sharded K goes from one process, which has all of it, to four, and from four to two.
+    for processes, others in ((1, None), (4, saved), (2, folder / "4" / "sharded" / "checkpoint-4")):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        started = start(launcher if processes > 1 else [], folder / str(processes), *([saved] if processes > 1 else []))
+        more = [saved, "", others] if processes > 1 else []
+        started = start(launcher if processes > 1 else [], folder / str(processes), *more)
         found[processes] = results_of([started], folder / str(processes), processes)
     return found
 
@@ -77,7 +80,7 @@ def test_k_is_the_same_on_every_rank_at_every_steps_end(processes, name, results
     if "standard" not in name:
         k = results[processes][0][name]["k"]
         assert len(k) == 6
-        assert name == "sgt" or len(k[-1].unique()) > 1
+        assert "sgt" in name or len(k[-1].unique()) > 1
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -88,7 +91,7 @@ def test_several_processes_equal_one(processes, name, results):
 
 
 @pytest.mark.parametrize("processes", SEVERAL)
-@pytest.mark.parametrize("name", ["vit", "share"])
+@pytest.mark.parametrize("name", ["vit", "share", "sharded"])
 def test_logs_are_of_all_processes(name, processes, results):
     """Catches logs of the first rank's samples alone, and a mean over processes with unlike numbers of samples."""
     alone, together = (results[n][0][name]["logs"] for n in (1, processes))
@@ -97,7 +100,7 @@ def test_logs_are_of_all_processes(name, processes, results):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
 
 
-@pytest.mark.parametrize("name", ["uneven", "few"])
+@pytest.mark.parametrize("name", ["uneven", "few", "sharded_few"])
 @pytest.mark.parametrize("processes", SEVERAL)
 def test_a_sample_that_stands_on_two_ranks_moves_once(processes, name, results):
     """Catches K moved again where the sampler repeats a sample to fill the last round, within a step or an epoch."""
@@ -153,10 +156,33 @@ def test_a_checkpoint_of_one_process_is_continued_by_several(processes, results)
     require_the_same(results[1][0]["vit"], results[processes][0]["resumed"], f"1 process, then {processes}")
 
 
-def test_a_checkpoint_of_two_processes_is_continued_by_one(results, quick_trainer):
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_a_checkpoint_of_another_number_of_processes_is_continued_with_a_sharded_k(processes, results):
+    """Catches a range of K that is read at the place of the run that wrote it."""
+    require_one_training(results[processes], "resumed_sharded")
+    assert len(results[processes][0]["resumed_sharded"]["k"]) == 2
+    require_the_same(results[1][0]["vit"], results[processes][0]["resumed_sharded"], f"sharded by {processes}")
+
+
+@pytest.mark.parametrize("processes", SEVERAL)
+def test_each_process_holds_its_share_of_k_and_reads_the_counts_alone(processes, results):
+    """Catches K that is whole on every process all the same, and a log, card or tracker that waits for the others."""
+    for name in ("sharded", "sharded_few"):
+        held = [rank[name]["held"] for rank in results[processes]]
+        length = RUNS[name].get("length", 24)
+        assert sum(held) == length
+        assert max(held) == -(-length // processes)
+        alone, k = results[processes][-1][name]["alone"], results[1][0][name]["k"][-1]
+        assert alone["statistics"]["k_median"] == k.double().quantile(0.5)
+        assert sum(alone["counts"]) == length
+        assert "call mask_budget.gathered() on every process" in alone["said"]
+
+
+@pytest.mark.parametrize("name", ["vit", "sharded"])
+def test_a_checkpoint_of_two_processes_is_continued_by_one(name, results, quick_trainer):
     """Catches a K that only ranks can read."""
     trainer = quick_trainer(train_dataset=TinyImages(24), step_size=3000, optim="sgd")
-    trainer.train(resume_from_checkpoint=str(results["folder"] / "2" / "vit" / "checkpoint-4"))
+    trainer.train(resume_from_checkpoint=str(results["folder"] / "2" / name / "checkpoint-4"))
     alone = results[1][0]["vit"]
     assert torch.equal(alone["k"][-1], trainer.mask_budget.k)
     assert largest_difference(alone["parameters"], parameters(trainer)) < LARGEST
@@ -166,7 +192,8 @@ def test_a_checkpoint_of_two_processes_is_continued_by_one(results, quick_traine
 def test_processes_that_find_another_k_are_refused(processes, results):
     """Catches a machine whose copy of the checkpoint lacks K: it would go on with masks and a K of its own."""
     for rank in results[processes]:
-        assert "do not find the same K" in rank["lost_budget"]
+        for said in rank["lost_budget"]:
+            assert "do not find the same K" in said
 
 
 @pytest.mark.parametrize("processes", SEVERAL)
