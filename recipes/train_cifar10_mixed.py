@@ -26,8 +26,6 @@ The mixed image is what the mask acts on. Its label is a distribution over the c
 score that this distribution weighs, and its K that of the image which the batch names: mixing pairs the images of a
 batch at random, so that K says how much of an image can be masked whatever it is mixed with. docs/method.md has more.
 
-Batches must have an even number of images, since they are mixed in pairs.
-
 Other models: `--from_scratch --patch_size 4` trains DeiT-tiny on the 32x32 pixels from random weights; `--model cnn
 --saliency_score log_prob` the CNN of the other recipes. Without network, --dataset and --model take local directories.
 """

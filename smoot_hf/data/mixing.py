@@ -3,17 +3,19 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class Mixing:
     """The augmentations of DeiT that act on a batch, by timm; for `InputPipeline(mix=...)`.
 
-    In each batch every image is mixed with one other. They draw from the random states of Python and NumPy, which a
-    Trainer saves and restores.
+    In each batch the images are mixed in pairs; of an odd number one stays as it is. They draw from the random states of
+    Python and NumPy, which a Trainer saves and restores.
 
     Attributes:
         num_classes: of the model.
@@ -52,19 +54,15 @@ class Mixing:
 
         Returns:
             The images, and soft labels float32 (B, classes); the larger weight need not be that of the image's own.
-
-        Raises:
-            ValueError: an odd number of images.
         """
-        if len(images) % 2:
-            raise ValueError(
-                f"images are mixed in pairs, and a batch has {len(images)}: set an even per_device_train_batch_size, "
-                "and dataloader_drop_last=True where the last batch is odd"
-            )
         if self.erasing_probability:
-            erase = RandomErasing(self.erasing_probability, mode="pixel", device=images.device)
-            images = erase(images)
-        return self._mixup(images, labels)
+            images = RandomErasing(self.erasing_probability, mode="pixel", device=images.device)(images)
+        paired = len(images) // 2 * 2
+        rest = labels[paired:] if self.multi_label else F.one_hot(labels[paired:], self.num_classes)
+        if not paired:
+            return images, rest.float()
+        mixed, soft = self._mixup(images[:paired], labels[:paired])
+        return torch.cat([mixed, images[paired:]]), torch.cat([soft, rest.to(soft.dtype)])
 
     @cached_property
     def _mixup(self) -> Mixup:

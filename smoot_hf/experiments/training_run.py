@@ -175,6 +175,10 @@ def load_data(args: SmootTrainingArguments, recipe: RecipeArguments) -> tuple[De
     """
     if recipe.eval_split == recipe.train_split:
         raise ValueError(f"eval_split={recipe.eval_split!r} is what is trained on: name another split")
+    if args.dataloader_drop_last:
+        raise ValueError(
+            "dataloader_drop_last=True would leave test images out of the evaluation as well: leave it away"
+        )
     # The first process fills the cache, the others read it.
     with args.main_process_first(desc="decoding the images"):
         pipeline = None

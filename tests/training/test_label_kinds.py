@@ -269,11 +269,9 @@ def test_bad_weights_of_an_evaluation_are_refused(kind, quick_trainer):
 # Transformers says that it would not smooth, and trains.
 @pytest.mark.filterwarnings("ignore:Label smoothing is not compatible:UserWarning")
 def test_what_mixes_badly_is_refused(quick_trainer):
-    """Catches a mix that gives no distribution, an odd batch, and a smoothing that several labels do not have."""
+    """Catches a mix that gives no distribution, and a smoothing that several labels do not have."""
     with pytest.raises(ValueError, match=r"labels that input_pipeline\.mix makes must be a distribution"):
         mixing_trainer(quick_trainer, mix=lambda images, labels: (images, torch.ones(len(labels), CLASSES))).train()
-    with pytest.raises(ValueError, match="mixed in pairs, and a batch has 5: set an even per_device_train_batch_size"):
-        mixing_trainer(quick_trainer, per_device_train_batch_size=5).train()
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 is for exclusive classes"):
         quick_trainer(several_labels("vit"), Weighted("several"), label_smoothing_factor=0.1)
 
@@ -290,6 +288,25 @@ def test_mixing_refuses_what_is_out_of_range(fields, message):
     """Catches a field that is taken and then does nothing."""
     with pytest.raises(ValueError, match=message):
         Mixing(4, **fields)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_an_odd_number_one_image_stays_as_it_is(count, multi_label):
+    """Catches a last batch that timm does not take, and labels that come in another order than their images."""
+    images, hard = torch.arange(float(count))[:, None, None, None].expand(-1, 3, 8, 8).clone(), torch.arange(count) % 4
+    labels = torch.eye(4)[hard] if multi_label else hard
+    mixed, soft = Mixing(CLASSES, 1.0, 0.0, multi_label=multi_label)(images.clone(), labels)
+    assert soft.shape == (count, CLASSES)
+    torch.testing.assert_close(soft.sum(dim=1), torch.ones(count))
+    if count % 2:
+        assert torch.equal(mixed[-1], images[-1])
+        assert soft[-1].tolist() == torch.eye(4)[hard[-1]].tolist()
+    if count > 1:
+        # Each value is the number of its image, mixed as its label is.
+        own = soft[torch.arange(2), hard[:2]]
+        partner = count // 2 * 2 - 1 - torch.arange(2)
+        torch.testing.assert_close(mixed[:2, 0, 0, 0], own * torch.arange(2.0) + (1 - own) * partner)
 
 
 def test_a_loss_of_ones_own_and_the_mixin_take_weights(quick_trainer):
