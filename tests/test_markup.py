@@ -224,7 +224,7 @@ def card_of(name):
         "dataset_id": "someone/noise", "dataset_config": name, "dataset_revision": name, "dataset_fingerprint": name,
         "train_images": 10, "eval_images": 5, "has_eval_sets": False, "model": name, "parameters": 3,
         "classes": [name, name], "has_processor": True, "processor_agrees": True, "needs_code": False,
-        "needs_timm": False, "is_grey": False,
+        "needs_timm": False, "is_grey": False, "is_multi_label": False,
     }  # fmt: skip
     first = Row("smoot", {name: Measurement({0: 0.5}, "as reported")})
     curve = {"n": 5, "deletion": {"interval": None}}

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 class Mixing:
     """The augmentations of DeiT that act on a batch, by timm; for `InputPipeline(mix=...)`.
 
-    In each batch the images are mixed in pairs; of an odd number one stays as it is. They draw from the random states of
-    Python and NumPy, which a Trainer saves and restores.
+    In each batch the images are mixed in pairs; of an odd number one stays as it is. They draw from the random states
+    of Python and NumPy, which a Trainer saves and restores.
 
     Attributes:
         num_classes: of the model.
