@@ -13,6 +13,7 @@ from conftest import TinyImages, build
 from PIL import Image
 from torch.nn import functional as F
 
+from smoot_hf import MaskBudget
 from smoot_hf import functional as SF
 from smoot_hf.models.logits import LogitsModel
 
@@ -151,3 +152,26 @@ def test_the_planted_photographs_say_where_their_evidence_is(benchmarks, monkeyp
     assert len({tuple(mask.flatten().nonzero()[0].tolist()) for mask in evidence}) == 12
     margins = np.pad(np.zeros((192, 192), dtype=bool), photographs.MARGIN, constant_values=True)
     assert not evidence[:, torch.from_numpy(margins)].any()
+
+
+def test_the_agreement_of_budgets_is_the_rank_correlation_of_k(benchmarks, tmp_path, saved_run, capsys):
+    """Catches runs of other images, of one K, and a correlation of something else than K."""
+    from budget_agreement import correlations, main
+
+    def budget(values, num_samples=6):
+        made = MaskBudget(num_samples, (8, 8), 0.5, 0.0, 1.0, dataset_fingerprint="same")
+        made.update(torch.arange(num_samples), torch.tensor(values) / 10, 10)
+        return made
+
+    rising, falling = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+    assert correlations([budget(rising), budget(rising), budget(falling)]) == pytest.approx([1.0, -1.0, -1.0])
+    with pytest.raises(ValueError, match="trained on other images"):
+        correlations([budget(rising), budget(rising[:5], 5)])
+    with pytest.raises(ValueError, match="one K for all images"):
+        correlations([budget(rising), budget([0.0] * 6)])
+    with pytest.raises(SystemExit):
+        main([str(saved_run)])
+    assert "name at least two runs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(saved_run)])
+    assert "holds no checkpoint with mask_budget.safetensors" in capsys.readouterr().err
