@@ -8,7 +8,7 @@
 """Train DeiT-tiny on CIFAR-10 with the augmentation that DeiT itself is trained with: mixup and CutMix.
 
     accelerate launch recipes/train_cifar10_mixed.py [--dataset DIRECTORY] [--model DIRECTORY] [--method smoot|sgt]
-    smoot-hf train --recipe cifar10-mixed [flags]  # the same from an installation, without this file
+    smoot-hf train --recipe cifar10_mixed [flags]  # the same from an installation, without this file
 
 Time: 5 minutes for 150 steps of the CNN with smoot on one CPU core, 2 with standard training.
 Expected, n = 1, 2,000 test images: the CNN (--model cnn --saliency_score log_prob --learning_rate 1e-3) after 150 steps
@@ -37,4 +37,4 @@ from smoot_hf.experiments.recipes import RECIPES
 from smoot_hf.experiments.train import main
 
 if __name__ == "__main__":
-    main(RECIPES["cifar10-mixed"], description=__doc__)
+    main(RECIPES["cifar10_mixed"], description=__doc__)

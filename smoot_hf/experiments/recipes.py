@@ -64,7 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fashion_mnist": {**_MNIST, "dataset": "zalando-datasets/fashion_mnist"},
     "cifar10": _CIFAR10,
     # With the augmentation that DeiT itself is trained with; its labels are soft.
-    "cifar10-mixed": {
+    "cifar10_mixed": {
         "dataset": "uoft-cs/cifar10",
         "model": "deit-tiny",
         "crop_padding": 4,

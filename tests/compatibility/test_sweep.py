@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from smoot_hf import MaskBudget
 from smoot_hf import functional as SF
 from smoot_hf.models.classifier import load_model
+from smoot_hf.training import problem
 
 SUBSET = [
     *(
@@ -86,7 +87,12 @@ FAULTS = {
         {"shared", "eval"},
     ),
     "the most salient": (SF, "masked_positions", lambda real: lambda s, *more: real(-s, *more), {"shared", "eval"}),
-    "KL the wrong way": (SF, "kl_divergence", lambda real: lambda p, q: real(q, p), {"shared", "eval"}),
+    "KL the wrong way": (
+        problem,
+        "SINGLE_LABEL",
+        lambda real: real._replace(divergence=lambda p, q: real.divergence(q, p)),
+        {"shared", "eval"},
+    ),
     "no K moves": (MaskBudget, "update", lambda real: lambda *_: torch.zeros(3), {"shared", "eval"}),
     "K is not restored": (MaskBudget, "restore", lambda real: lambda *_: None, {"resume"}),
     "another score": (sweep, "attribute", lambda real: lambda *a, **o: real(*a, **o, score="log_prob"), {"captum"}),
