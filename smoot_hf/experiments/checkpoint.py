@@ -13,7 +13,7 @@ from ..data.decoded_images import DecodedImages
 from ..errors import first_line
 from ..fingerprint import fingerprints_differ
 from ..models.class_names import match_numbering
-from ..models.logits import refuse_multi_label
+from ..models.logits import is_multi_label, refuse_multi_label
 from ..training import MaskBudget
 from ..training.checkpoint_folder import newest_whole_checkpoint
 from ..training.mask_budget_file import MASK_BUDGET_NAME
@@ -29,20 +29,28 @@ class Checkpoint(NamedTuple):
     pipeline: InputPipeline
 
 
-def load_checkpoint(name: str, test: DecodedImages, device: torch.device | str) -> Checkpoint:
+def load_checkpoint(
+    name: str, test: DecodedImages, device: torch.device | str, takes_several_labels: bool = False
+) -> Checkpoint:
     """As `read_checkpoint`, and check that it classifies the images of `test`; its classes are numbered as theirs.
 
     Args:
         name: as in `read_checkpoint`.
         test: the images that it shall be evaluated on.
         device: where the model goes.
+        takes_several_labels: whether the caller can do with several labels for an image.
 
     Raises:
-        ValueError: the model belongs to other data, or has several labels for an image.
+        ValueError: the model belongs to other data, or has several labels for an image where the caller or the images
+            have one.
         OSError: no such checkpoint.
     """
     model, pipeline = read_checkpoint(name, device)
-    refuse_multi_label(model, f"{name}: this command shows and measures")
+    if not takes_several_labels:
+        refuse_multi_label(model, f"{name}: this command shows and measures")
+    if is_multi_label(model) != test.is_multi_label:
+        model_has, images_have = ("several", "one") if is_multi_label(model) else ("one", "several")
+        raise ValueError(f"{name} is a model of {model_has} label(s) an image, and the images have {images_have}")
     _check_fit(name, model, pipeline, test)
     return Checkpoint(model, replace(pipeline, is_resized=test.is_resized))
 

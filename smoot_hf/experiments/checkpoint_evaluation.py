@@ -47,6 +47,13 @@ COLUMNS = {
     "insertion_auc": "Insertion AUC (higher is better)",
     "gap": "Gap (higher is better)",
 }
+# Of several labels for an image.
+SEVERAL_COLUMNS = {
+    "mean_average_precision": "Mean average precision",
+    "subset_accuracy": "All labels right",
+    **{name: title for name, title in COLUMNS.items() if name != "accuracy"},
+    "mean_average_precision_auc": "AUC of mean average precision",
+}
 CLASS_COLUMNS = {
     "class_two": "Class II (%)",
     "class_two_random": "Class II, random order (%)",
@@ -159,16 +166,16 @@ class Found(NamedTuple):
 
     Attributes:
         curves: one per attribution and fill.
-        classes: attribution -> image classes, by the first fill.
+        classes: attribution -> image classes, by the first fill; empty for several labels an image.
         checks: attribution -> its maps beside those of random weights.
-        control: the image classes of a random order, by the first fill.
+        control: the image classes of a random order, by the first fill; `None` for several labels.
         localisation: attribution -> where its maps lie; empty where the images do not say where their evidence is.
     """
 
     curves: list[Faithfulness]
     classes: dict[str, ImageClasses]
     checks: dict[str, WeightRandomization]
-    control: ImageClasses
+    control: ImageClasses | None
     localisation: dict[str, Localisation]
 
 
@@ -193,9 +200,11 @@ def evaluate(checkpoint: Checkpoint, test: DecodedImages, options: argparse.Name
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     results = Results("evaluate_faithfulness", settings, environment, [*rows, *located, *class_rows])
     results.save(output / "results.json")
+    checked = CLASS_COLUMNS if found.classes else {"random_weights": CLASS_COLUMNS["random_weights"]}
+    measured = SEVERAL_COLUMNS if test.is_multi_label else COLUMNS
     parts = [
         Results("", {}, {}, part).markdown_table(columns, cell=cell)
-        for part, columns in ((rows, COLUMNS), (located, LOCALISATION_COLUMNS), (class_rows, CLASS_COLUMNS))
+        for part, columns in ((rows, measured), (located, LOCALISATION_COLUMNS), (class_rows, checked))
         if part
     ]
     table = "\n".join([*parts, *(f"- {note}" for note in left_out_notes(results.rows))])
@@ -245,7 +254,10 @@ class Measuring:
 
     def convention(self, attribution: Method, fill: Fill) -> Convention:
         """Of one line of the table."""
-        return resolve_convention(self.options.convention, attribution, self.options.steps, fill, self.options.cell)
+        options = self.options
+        return resolve_convention(
+            options.convention, attribution, options.steps, fill, options.cell, self.test.is_multi_label
+        )
 
     def curves(self, convention: Convention) -> Faithfulness:
         """All curves by one convention."""
@@ -307,17 +319,19 @@ def measure(
 ) -> Found:
     """Everything that the command line asks for, one measurement after the other."""
     identity = {**identify(checkpoint, test), "environment": environment, "bf16": options.bf16, "seed": options.seed}
-    has_evidence = test.evidence is not None
-    count = 1 + len(options.attribution) * (len(options.fill) + 2 + has_evidence)
+    # An image of several labels has no one probability, by which the image classes are told apart.
+    has_evidence, has_classes = test.evidence is not None, not test.is_multi_label
+    count = has_classes + len(options.attribution) * (len(options.fill) + 1 + has_classes + has_evidence)
     # `disable=None`: no bar where nobody watches.
     with tqdm(total=count, desc="Measuring", unit="measurement", disable=None) as bar:
         measuring = Measuring(checkpoint, test, options, SavedMeasurements(folder, identity), bar)
         first = {name: measuring.convention(name, options.fill[0]) for name in ("random", *options.attribution)}
-        found = Found([], {}, {}, measuring.image_classes(first["random"]), {})
+        found = Found([], {}, {}, measuring.image_classes(first["random"]) if has_classes else None, {})
         for attribution in options.attribution:
             for fill in options.fill:
                 found.curves.append(measuring.curves(measuring.convention(attribution, fill)))
-            found.classes[attribution] = measuring.image_classes(first[attribution])
+            if has_classes:
+                found.classes[attribution] = measuring.image_classes(first[attribution])
             if has_evidence:
                 found.localisation[attribution] = measuring.localisation(first[attribution])
             found.checks[attribution] = measuring.random_weights(first[attribution])
@@ -325,39 +339,42 @@ def measure(
 
 
 def class_row(found: Found, attribution: str, seed: int) -> Row:
-    """Image classes and sanity check of one attribution."""
-    classes, check = found.classes[attribution], found.checks[attribution]
-    values: dict[str, Any] = {
-        "class_two": (classes.share, "percent"),
-        "class_two_random": (found.control.share, "percent"),
-        "raised": (classes.share_raised, "percent"),
-        "early_peaks": (classes.share_of_early_peaks, "percent of class II"),
-        "recovered": (classes.share_recovered, "percent"),
-        "random_weights": (float(check.mean[-1]), "rank correlation"),
-    }
+    """Image classes, where there are any, and sanity check of one attribution."""
+    check = found.checks[attribution]
+    values: dict[str, Any] = {"random_weights": (float(check.mean[-1]), "rank correlation")}
+    name, convention = f"{attribution}: random weights", None
+    details: dict[str, Any] = {"random_weights": {"images": check.n, "undefined": int(check.undefined[-1])}}
+    if found.control is not None:
+        classes = found.classes[attribution]
+        name, convention = f"{attribution}: image classes, random weights", classes.convention.to_dict()
+        details["image_classes"] = classes.to_dict()
+        values |= {
+            "class_two": (classes.share, "percent"),
+            "class_two_random": (found.control.share, "percent"),
+            "raised": (classes.share_raised, "percent"),
+            "early_peaks": (classes.share_of_early_peaks, "percent of class II"),
+            "recovered": (classes.share_recovered, "percent"),
+        }
     metrics = {
         name: Measurement({seed: value}, unit)
         for name, (value, unit) in values.items()
         if value is not None and value == value
     }
-    details = {
-        "image_classes": classes.to_dict(),
-        "random_weights": {"images": check.n, "undefined": int(check.undefined[-1])},
-    }
-    return Row(f"{attribution}: image classes, random weights", metrics, classes.convention.to_dict(), details)
+    return Row(name, metrics, convention, details)
 
 
 def draw(found: Found, test: DecodedImages, seed: int, output: Path) -> list[Path]:
     """The curves by all fills, and the two example images, of every attribution; returns what could be drawn."""
     figures: dict[str, Callable[[Path], None]] = {}
-    for attribution, classes in found.classes.items():
+    for attribution in found.checks:
         own = {
             one.convention: {attribution: {seed: one}}
             for one in found.curves
             if one.convention.attribution == attribution
         }
         figures[f"curves_{attribution}.png"] = partial(draw_curves, own)
-        figures[f"classes_{attribution}.png"] = partial(draw_classes, classes, test)
+        if attribution in found.classes:
+            figures[f"classes_{attribution}.png"] = partial(draw_classes, found.classes[attribution], test)
     return [output / name for name, one in figures.items() if try_to_draw(one, output / name)]
 
 

@@ -63,7 +63,7 @@ ATTRIBUTIONS = (
     "attention_rollout",
     "random",
 )
-PLANTED = ("plain", "block", "block-fixed", "decoy")
+PLANTED = ("plain", "block", "block-fixed", "decoy", "several")
 FILLS = ("corner", "mean", "zero", "uniform", "blur")
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> "Results":
     try:
         options.device = options.device or choose_device()
         test = load_test_images(options)
-        checkpoint = load_checkpoint(options.checkpoint, test, options.device)
+        checkpoint = load_checkpoint(options.checkpoint, test, options.device, takes_several_labels=True)
         return evaluate(checkpoint, test, options, output)
     except (ValueError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))

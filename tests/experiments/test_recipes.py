@@ -594,9 +594,9 @@ def test_a_planted_recipe_trains_and_its_run_is_read_again_with_the_evidence():
 
 
 def test_the_planted_sets_are_those_that_one_data_set_is_enough_for():
-    """Fault: a set that the library can plant and a command refuses, or the other way round; but for several labels."""
+    """Fault: a set that the library can plant and a command refuses, or the other way round."""
     for choices in (get_type_hints(flags.RecipeArguments)["planted"], Data.__dataclass_fields__["planted"].type):
-        known = [name for name in get_args(choices) if name not in ("pair", "on-photo", "several")]
+        known = [name for name in get_args(choices) if name not in ("pair", "on-photo")]
         assert known == list(evaluate.PLANTED)
 
 

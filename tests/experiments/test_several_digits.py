@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -22,6 +23,7 @@ from smoot_hf.experiments import (
     campaign_run,
     campaign_summary,
     compare,
+    evaluate,
     label_maps,
     prediction,
     train,
@@ -130,6 +132,28 @@ def test_what_cannot_be_drawn_is_one_clear_error(runs, capsys, argv, message):
         importlib.import_module("draw_several").main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_of_several_labels_is_evaluated_without_image_classes(runs, capsys):
+    """Fault: an accuracy of one class, a table that lacks what was measured, or a model of one label taken for it."""
+    model = AutoModelForImageClassification.from_pretrained("smoot", trust_remote_code=True)
+    # A model of one epoch predicts no label: of none would the place of the map be measured.
+    *_, bias = (value for name, value in model.named_parameters() if name.endswith("bias"))
+    bias.data += 3
+    shutil.copytree("smoot", "predicting")
+    model.save_pretrained("predicting")
+    argv = ["predicting", "--dataset", "digits", "--planted", "several", "--max_eval_samples", "60", "--steps", "4"]
+    results = evaluate.main([*argv, "--output", "evaluated"])
+    curve, *_, located, checked = results.rows
+    assert curve.metrics.keys() >= {"mean_average_precision", "subset_accuracy", "deletion_auc"}
+    assert "accuracy" not in curve.metrics
+    assert "recall" in located.metrics
+    assert checked.metrics.keys() == {"random_weights"}
+    assert sorted(path.name for path in Path("evaluated").glob("*.png")) == ["curves_gradient.png"]
+    assert "Mean average precision" in Path("evaluated/table.md").read_text()
+    with pytest.raises(SystemExit):
+        evaluate.main(["single", *argv[1:]])
+    assert "a model of one label(s) an image, and the images have several" in capsys.readouterr().err
 
 
 def test_a_comparison_refuses_several_labels_before_it_trains(runs, capsys):
