@@ -8,7 +8,7 @@ from conftest import TinyImages, build
 from torch.utils.data import WeightedRandomSampler
 
 from smoot_hf import SmootTrainer
-from smoot_hf import functional as SF
+from smoot_hf.training import problem
 
 READINGS = {
     "floor": ({"step_size": 500}, 500, {"rounding": "floor"}),
@@ -37,9 +37,9 @@ def test_k_is_updated_by_every_samples_own_delta(reading, quick_trainer, recorde
 @pytest.mark.parametrize("mode", ["rank", "class", "label"])
 def test_delta_is_of_the_mode_that_was_asked_for(mode, quick_trainer, recorder, monkeypatch):
     """Catches a mode that the step forgets."""
-    modes = []
-    shift = SF.probability_shift
-    monkeypatch.setattr(SF, "probability_shift", lambda *a: (modes.append(a[4]), shift(*a))[1])
+    modes, single = [], problem.SINGLE_LABEL
+    noting = single._replace(shift=lambda *a: (modes.append(a[4]), single.shift(*a))[1])
+    monkeypatch.setattr(problem, "SINGLE_LABEL", noting)
     quick_trainer(delta_mode=mode, max_steps=1).train()
     assert modes == [mode]
 
