@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .. import functional as SF
 from ..data import InputPipeline
+from ..evaluation.attributions import attribute
 from ..functional.localisation import relevance_mass, top_outside
+from ..models.logits import LogitsModel, config_value
 from ..models.state import untouched
 
 # The parts of an image of the planted set `several`, for each of its labels.
@@ -28,9 +30,9 @@ def label_saliency(model: nn.Module, images: Tensor, labels: Tensor, pipeline: I
     Returns:
         (B, H, W), detached.
     """
-    leaf = images.detach().requires_grad_()
-    logits = model(pixel_values=pipeline.resize(leaf)).logits
-    return SF.input_saliency(SF.class_score(logits, labels), leaf, signed=False).detach()
+    scorer = LogitsModel(model, pipeline.resize)
+    target = F.one_hot(labels, config_value(model, "num_labels"))
+    return attribute(scorer, images, target, torch.arange(len(labels)), signed=False)
 
 
 def parts_of(evidence: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import datasets
 import matplotlib.pyplot as plt
@@ -172,6 +173,7 @@ class ReadsBlocks(nn.Module):
     def __init__(self, weights):
         super().__init__()
         self.weights = nn.Parameter(weights)
+        self.config = SimpleNamespace(problem_type="multi_label_classification", num_labels=len(weights))
 
     def forward(self, pixel_values):
         return ImageClassifierOutput(logits=torch.einsum("bchw,khw->bk", pixel_values, self.weights))
