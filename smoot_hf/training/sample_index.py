@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -129,6 +130,7 @@ class IndexedCollator:
             has = first.keys() if isinstance(first, Mapping) else set()
             _refuse_removed("data collator", error, {*self.removed, *has})
         _refuse_several_sizes(indexed, error)
+        _refuse_mixed_labels(indexed, self.label_name, error)
         if getattr(self.collator, "data_collator", self.collator) is not default_data_collator:
             return
         if isinstance(first, Mapping):
@@ -223,4 +225,19 @@ def _refuse_several_sizes(indexed: IndexedFeatures, error: Exception) -> None:
         found = ", ".join(f"{shape} (training sample {row})" for shape, row in list(shapes.items())[:3])
         raise ValueError(
             f"all training images must have one size, got {found}: resize them in the transform"
+        ) from error
+
+
+def _refuse_mixed_labels(indexed: IndexedFeatures, name: str, error: Exception) -> None:
+    """Raise where a collator failed because the labels of its batch are class indices and weights, or of two widths."""
+    shapes: dict[tuple[int, ...], int] = {}
+    features = indexed.features if isinstance(indexed.features, list) else []
+    for row, sample in zip(indexed.sample_idx, features, strict=False):
+        if isinstance(sample, Mapping) and name in sample:
+            shapes.setdefault(np.shape(sample[name]), row)
+    if len(shapes) > 1:
+        found = ", ".join(f"{shape} (training sample {row})" for shape, row in list(shapes.items())[:3])
+        raise ValueError(
+            f"{name!r} must be of one kind, a class index or weights of all classes, got the shapes {found}: bring "
+            "them to one in the transform"
         ) from error

@@ -253,7 +253,7 @@ def test_labels_of_the_wrong_width_or_kind_are_refused(quick_trainer):
         quick_trainer(several_labels("vit"), TinyImages())
     mixed = Weighted("soft")
     mixed.labels[3] = 1
-    with pytest.raises(ValueError, match="the default data collator makes no batch of the training samples"):
+    with pytest.raises(ValueError, match=r"'labels' must be of one kind.* shapes \(4,\) .*, \(\) \(.*sample 3\)"):
         quick_trainer("vit", mixed).train()
 
 
