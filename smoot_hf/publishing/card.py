@@ -337,7 +337,7 @@ def _labels_apart(scorer: LogitsModel, batch: DataBatch, outputs: torch.Tensor) 
     maps = attribute(scorer, batch.images[rows], one_hot, batch.sample_idx[rows], batch_size=len(rows))
     names = getattr(scorer.model.config, "id2label", None) or {}
     titles = [
-        [str(names.get(label, label)), *([] if is_predicted else ["not predicted"])]
+        [str(names.get(label, label)), *([] if is_predicted else ["missed"])]
         for label, is_predicted in zip(labels.tolist(), (outputs[rows, labels] > 0).tolist(), strict=True)
     ]
     return Examples(_pictures(batch.images[rows]), titles, maps.float().cpu())
